@@ -1,0 +1,1 @@
+"""Corpus -> documents -> tokens -> batches at a global position."""

@@ -1,0 +1,119 @@
+"""Which shards a corpus is made of: a folder, a glob or a Hugging Face dataset, resolved once, by rank 0, to a list that every rank shares."""
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+from plrd_train.data.shards import READ_ERRORS
+from plrd_train.errors import UserError
+
+Split = Literal["train", "validation"]
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SPLIT_FOLDERS = ("train", "validation", "test")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The shards of one split, in their canonical order. JSON-serialisable.
+
+    `shards` are absolute paths or `hf://` URLs, sorted. `revision` is the commit hash of a hub dataset, None for local files. `fingerprint` stands
+    for the content as cheaply as can be: a hash of the local files' names and sizes (a moved folder keeps it), or the revision.
+    """
+
+    spec: str
+    revision: str | None
+    shards: tuple[str, ...]
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "Corpus":
+        return cls(**{**saved, "shards": tuple(saved["shards"])})
+
+
+def resolve_corpus(spec: str, split: Split, revision: str | None = None) -> Corpus:
+    """List the shards (.jsonl, .jsonl.gz, .jsonl.zst, at any depth) of `spec`: a folder, a file, a glob or a hub dataset id, tried in that order.
+
+    A folder or dataset with sub-folders train/, validation/ or test/ is narrowed to the one named `split`; a glob or file is taken as it is.
+    `revision` pins a hub dataset and means nothing for local files; a private dataset is read with HF_TOKEN.
+
+    Raises UserError where nothing is found, where no shard is among what is found or all are empty, and where the hub cannot be reached.
+    """
+    path = os.path.expanduser(spec)
+    if os.path.isdir(path):
+        names = [os.path.relpath(shard, path) for shard in _shards_under(path)]
+        return _local_corpus(spec, (os.path.join(path, name) for name in _narrow_to_split(spec, names, split)))
+    if os.path.isfile(path):
+        return _local_corpus(spec, (shard for shard in [path] if shard.endswith(SUFFIXES)))
+    if glob.has_magic(path):
+        found = glob.glob(path, recursive=True)
+        if not found:
+            raise UserError(f"{spec}: this glob matches nothing; quote it so that the shell leaves it alone, and check the path")
+        return _local_corpus(
+            spec, (shard for one in found for shard in (_shards_under(one) if os.path.isdir(one) else [one]) if shard.endswith(SUFFIXES))
+        )
+    if HUB_ID.fullmatch(spec):
+        return _hub_corpus(spec, split, revision)
+    raise UserError(f"{spec}: no such folder; give a folder of {' / '.join(SUFFIXES)} shards, a glob, or a Hugging Face dataset id")
+
+
+def _shards_under(folder: str) -> list[str]:
+    """Hidden files and folders are left out: they hold downloads in progress and caches."""
+    inside = glob.iglob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
+    return [path for path in inside if path.endswith(SUFFIXES) and os.path.isfile(path)]
+
+
+def _narrow_to_split(spec: str, names: list[str], split: Split) -> list[str]:
+    """Of shards named relative to the corpus' root, those of `split`: all where the root has no folder named as a split."""
+    splits = sorted({name.split("/")[0] for name in names if "/" in name}.intersection(SPLIT_FOLDERS))
+    if not splits:
+        return names
+    if split not in splits:
+        raise UserError(f"{spec}: has {' and '.join(splits)} but no {split}; name the folder to use as {split} data")
+    for name in names:
+        if name.split("/")[0] not in SPLIT_FOLDERS:
+            raise UserError(f"{spec}: has shards in {split}/ and outside it ({name}); name the folder to use as {split} data")
+    return [name for name in names if name.startswith(split + "/")]
+
+
+def _local_corpus(spec: str, found: Iterable[str]) -> Corpus:
+    shards = tuple(sorted({os.path.abspath(shard) for shard in found}))
+    sizes = [os.path.getsize(shard) for shard in shards]
+    if not shards:
+        raise UserError(f"{spec}: no shards here; a corpus is made of {' / '.join(SUFFIXES)} files")
+    if not any(sizes):
+        raise UserError(f"{spec}: an empty corpus, every shard has zero bytes")
+    root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
+    listing = [[os.path.relpath(shard, root), size] for shard, size in zip(shards, sizes, strict=True)]
+    return Corpus(spec, None, shards, hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16])
+
+
+def _hub_corpus(spec: str, split: Split, revision: str | None) -> Corpus:
+    api = HfApi()
+    try:
+        commit = api.dataset_info(spec, revision=revision).sha
+        names = api.list_repo_files(spec, repo_type="dataset", revision=commit)
+    except RevisionNotFoundError as error:
+        raise UserError(f"{spec}: this Hugging Face dataset has no revision {revision}") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:  # a gated dataset counts as not found
+        raise UserError(
+            f"{spec}: neither a folder here nor a dataset that the Hugging Face hub shows you; check the path, or set HF_TOKEN if it is gated"
+        ) from error
+    except READ_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{spec}: no such folder here, and the Hugging Face hub could not be asked for a dataset of that name ({reason})") from error
+    names = _narrow_to_split(spec, [name for name in names if name.endswith(SUFFIXES)], split)
+    if commit is None or not names:
+        raise UserError(f"{spec}: no shards in this Hugging Face dataset; a corpus is made of {' / '.join(SUFFIXES)} files")
+    return Corpus(spec, commit, tuple(sorted(f"hf://datasets/{spec}@{commit}/{name}" for name in names)), commit)

@@ -1,0 +1,130 @@
+"""Documents of a shard, their encoding by the parent's tokenizer, and the held-out documents on which perplexity is measured."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from plrd_train.data.corpus import Corpus
+from plrd_train.data.shards import DAMAGED, READ_ERRORS, open_shard
+from plrd_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and its domain: SlimPajama's `meta.redpajama_set_name`, "unknown" where there is none."""
+
+    text: str
+    domain: str
+
+
+@dataclass(frozen=True)
+class EvalDocument:
+    """The token ids of one held-out document, special tokens included, at most `context` of them."""
+
+    ids: list[int]
+    domain: str
+
+
+class _BadLineError(ValueError):
+    pass
+
+
+def read_documents(
+    shard: str, *, stripe: int = 0, stripes: int = 1, skip_bad: bool = False, skipped: Counter[str] | None = None
+) -> Iterator[Document]:
+    """Yield the documents of one shard in its own order; with `stripes` > 1 only those on lines whose index, from 0, is `stripe` modulo `stripes`.
+
+    Documents with an empty text are passed over. A bad line (invalid UTF-8, not a JSON object, no string `text`) raises a UserError that names shard
+    and line, and so does a damaged or truncated shard; with `skip_bad` the line, or the rest of the damaged shard, is passed over. `skipped`, where
+    given, counts by reason what was passed over; over all stripes of a shard each is counted once. A shard that is gone or cannot be read raises a
+    UserError always.
+    """
+    skipped = Counter() if skipped is None else skipped
+    number = 0
+    try:
+        with open_shard(shard) as lines:
+            for number, line in enumerate(lines, 1):
+                if (number - 1) % stripes != stripe or line.isspace():
+                    continue
+                try:
+                    document = _parse(line)
+                except _BadLineError as error:
+                    if not skip_bad:
+                        raise UserError(
+                            f"{shard}, line {number}: {error}; mend the line, or skip and count bad ones with data.skip_bad=true"
+                        ) from error
+                    skipped[str(error)] += 1
+                    continue
+                if document.text:
+                    yield document
+                else:
+                    skipped["empty text"] += 1
+    except DAMAGED as error:
+        if not skip_bad:
+            raise UserError(
+                f"{shard}: truncated or damaged at line {number + 1}; fetch the shard again, or keep what is whole with data.skip_bad=true"
+            ) from error
+        if number % stripes == stripe:
+            skipped["truncated or damaged shard"] += 1
+    except FileNotFoundError as error:
+        raise UserError(f"{shard}: this shard is gone since the corpus was listed; put it back, or start anew with another run_dir") from error
+    except READ_ERRORS as error:
+        raise UserError(f"{shard}: cannot be read ({' '.join(str(error).split())})") from error
+
+
+def _parse(line: bytes) -> Document:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise _BadLineError("invalid UTF-8") from None
+    except (ValueError, RecursionError):
+        raise _BadLineError("not JSON") from None
+    if not isinstance(record, dict):
+        raise _BadLineError("not a JSON object")
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise _BadLineError("no string under `text`")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # an escape such as \ud800 passes JSON, but no tokenizer
+        raise _BadLineError("a lone surrogate in `text`") from None
+    meta = record.get("meta")
+    domain = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
+    return Document(text, domain if isinstance(domain, str) else "unknown")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a whole text, with the special tokens that this tokenizer adds by its own rule."""
+    return tokenizer(text, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+
+
+def evaluation_documents(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int, skip_bad: bool = False, skipped: Counter[str] | None = None
+) -> list[EvalDocument]:
+    """Held-out documents in the corpus' order, encoded one by one, each cut to its first `context` tokens.
+
+    Those of fewer than two tokens are left out. Stops before the document with which the predicted tokens (one fewer than the tokens, for each
+    document) would come to more than `max_tokens`.
+    `skip_bad` and `skipped` as in `read_documents`. Raises UserError where no document is left, and what `read_documents` raises.
+    """
+    chosen: list[EvalDocument] = []
+    predicted = 0
+    for shard in corpus.shards:
+        for document in read_documents(shard, skip_bad=skip_bad, skipped=skipped):
+            ids = encode(tokenizer, document.text)[:context]
+            if len(ids) < 2:
+                continue
+            predicted += len(ids) - 1
+            if predicted > max_tokens:
+                return _some(chosen, corpus, max_tokens)
+            chosen.append(EvalDocument(ids, document.domain))
+    return _some(chosen, corpus, max_tokens)
+
+
+def _some(chosen: list[EvalDocument], corpus: Corpus, max_tokens: int) -> list[EvalDocument]:
+    if not chosen:
+        raise UserError(f"{corpus.spec}: no document of at least two tokens within {max_tokens} tokens to evaluate on")
+    return chosen

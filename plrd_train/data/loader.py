@@ -1,0 +1,162 @@
+"""Batches of packed sequences at a global position, the same on any number of ranks, read ahead in one thread."""
+
+import copy
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from plrd_train.data.corpus import Corpus
+from plrd_train.data.documents import Document, encode, read_documents
+from plrd_train.data.streams import START, Cursor, Packed, Stream, Unit, deal_units
+from plrd_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of the global sequences [first, first + sequences): `input_ids` (n, seq_len) int64 in ascending global order, n may be 0.
+
+    `domain_tokens` counts the tokens of `input_ids` by domain.
+    """
+
+    input_ids: Tensor
+    domain_tokens: dict[str, int]
+    first: int
+
+
+class Loader:
+    """Packed training sequences of a corpus, whose order is a function of (seed, global position) and not of the number of ranks.
+
+    The corpus is dealt to `streams` canonical streams (see `plrd_train.data.streams`), each an endless run of documents, encoded by the tokenizer's
+    own rule, with EOS behind each if `append_eos`, and cut into sequences of `seq_len` tokens; the left-over of a document begins the next sequence
+    of its stream. Global sequence i comes from stream i mod `streams`, and stream s is read by rank s mod `world_size` alone. Behind its last
+    document a stream goes on into the next epoch, in another order.
+
+    One unit (a shard, or a stripe of one) is in memory for each stream that this rank reads. As many sequences as the last call asked for are read
+    ahead by one thread; a UserError met there is raised by the `next` that needs the sequence. Not to be called from several threads.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_len: int,
+        streams: int,
+        seed: int,
+        append_eos: bool,
+        rank: int,
+        world_size: int,
+        skip_bad: bool = False,
+    ):
+        """Raises UserError where `append_eos` is asked of a tokenizer that has no EOS."""
+        if append_eos and tokenizer.eos_token_id is None:
+            raise UserError("data.append_eos=true, but this tokenizer has no EOS token; set data.append_eos=false")
+        self._tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers refuse to be used by two threads at once
+        self._eos = [tokenizer.eos_token_id] if append_eos else []
+        self._identity = {"corpus": corpus.fingerprint, "seed": seed, "streams": streams}
+        self._seq_len, self._streams, self._seed, self._skip_bad = seq_len, streams, seed, skip_bad
+        self._rank, self._world_size = rank, world_size
+        self._units = deal_units(corpus.shards, streams)
+        self._skipped: dict[int, Counter[str]] = {}
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")  # one worker, so first in first out
+        self._ahead: deque[Future[Packed]] = deque()
+        self._start(0, dict.fromkeys(range(rank, streams, world_size), START))
+
+    def _start(self, sequence: int, cursors: dict[int, Cursor]) -> None:
+        """Stand before `sequence`. `_sequence` and `_cursors` speak of what was handed out, `_own` and `_readers` of what was read ahead."""
+        for future in self._ahead:
+            future.cancel()  # one may be running: it ends on a stream of old that nobody else reads
+        self._ahead.clear()
+        self._sequence, self._cursors = sequence, cursors
+        self._own = self._own_sequences(sequence)
+        self._readers = {s: Stream(s, self._units[s], self._load, self._encode, self._seed, cursor) for s, cursor in cursors.items()}
+
+    def _own_sequences(self, first: int) -> Iterator[int]:
+        return (i for i in itertools.count(first) if i % self._streams in self._cursors)
+
+    def _load(self, unit: Unit) -> list[Document]:
+        skipped: Counter[str] = Counter()
+        documents = list(read_documents(unit.shard, stripe=unit.stripe, stripes=unit.stripes, skip_bad=self._skip_bad, skipped=skipped))
+        if skipped:
+            self._skipped = {**self._skipped, unit.number: skipped}  # replaced, not changed: the other thread may be reading it
+        return documents
+
+    def _encode(self, document: Document) -> list[int]:
+        ids = encode(self._tokenizer, document.text)
+        return ids if ids[-1:] == self._eos else ids + self._eos  # a tokenizer may end with EOS by its own rule
+
+    def next(self, sequences: int) -> Batch:
+        """Go on by `sequences` global sequences (the same number on every rank) and return this rank's share of them.
+
+        Raises UserError on bad input; the position then stays where it was.
+        """
+        count = self.share(self._sequence, sequences, self._rank)
+        while len(self._ahead) < 2 * count:
+            self._ahead.append(self._reader.submit(self._readers[next(self._own) % self._streams].take, self._seq_len))
+        packed = [future.result() for future in itertools.islice(self._ahead, count)]
+        own = self._own_sequences(self._sequence)
+        domains: Counter[str] = Counter()
+        for one in packed:
+            self._ahead.popleft()
+            self._cursors[next(own) % self._streams] = one.cursor
+            domains.update(one.domain_tokens)
+        first, self._sequence = self._sequence, self._sequence + sequences
+        rows = np.stack([one.tokens for one in packed]) if packed else np.empty((0, self._seq_len), dtype=np.int64)
+        return Batch(torch.from_numpy(rows), dict(domains), first)
+
+    def share(self, first: int, sequences: int, rank: int) -> int:
+        """How many of the global sequences [first, first + sequences) rank `rank` gets. Plain arithmetic, the same on every rank."""
+
+        def below(end: int) -> int:
+            rounds, rest = divmod(end, self._streams)
+            return rounds * len(range(rank, self._streams, self._world_size)) + len(range(rank, rest, self._world_size))
+
+        return below(first + sequences) - below(first)
+
+    def position(self) -> dict[str, Any]:
+        """This rank's part of the global position: what `next` has handed out, not what is read ahead. JSON-serialisable; see `merge_positions`."""
+        return {**self._identity, "sequence": self._sequence, "cursors": {str(stream): list(cursor) for stream, cursor in self._cursors.items()}}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Go to a position joined by `merge_positions`, saved on any number of ranks.
+
+        Opens nothing; the next `next` opens the units at the cursors, and none before them is read again. Raises UserError where the position was
+        saved with another corpus, seed or number of streams.
+        """
+        for name, here in self._identity.items():
+            if position[name] != here:
+                raise UserError(
+                    f"the saved data position was made with {name} {position[name]}, not {here}; put data.{name} back or use another run_dir"
+                )
+        self._start(position["sequence"], {stream: Cursor(*position["cursors"][str(stream)]) for stream in self._cursors})
+
+    @property
+    def epoch(self) -> int:
+        """The largest epoch, from 0, that one of this rank's streams has begun in what was handed out."""
+        return max((cursor.epoch for cursor in self._cursors.values()), default=0)
+
+    @property
+    def bad_documents(self) -> dict[str, int]:
+        """Documents passed over so far, by reason, in what this loader has read (and read ahead), each once however many epochs there are."""
+        return dict(sum(self._skipped.values(), Counter()))
+
+    def close(self) -> None:
+        """Stop the thread that reads ahead."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+def merge_positions(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The global position out of the ranks' parts. Raises ValueError where they do not stand at the same global sequence of the same streams."""
+    cursors = {stream: cursor for part in parts for stream, cursor in part["cursors"].items()}
+    merged = {**parts[0], "cursors": dict(sorted(cursors.items(), key=lambda item: int(item[0])))}
+    if any({**part, "cursors": None} != {**merged, "cursors": None} for part in parts) or len(cursors) != merged["streams"]:
+        raise ValueError("these positions are not the parts of one: another global sequence, or streams missing")
+    return merged

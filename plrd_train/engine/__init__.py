@@ -1,0 +1,118 @@
+"""How a model lives on many devices: the protocol that every engine keeps, and the choice of one by name.
+
+One file an engine, named as `engine=NAME`; adding a file (and its YAML in conf/engine/) adds the engine. Nothing outside this package knows which
+one runs.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from plrd_train.lowrank.distributed import Decomposed, Shards
+from plrd_train.world import World
+
+
+class Architecture(Protocol):
+    """A model's structure without its weights."""
+
+    def build(self) -> nn.Module:
+        """The model, float32, on the current default device (an engine calls it under `torch.device("meta")`)."""
+        ...
+
+    def refill(self, model: nn.Module) -> None:
+        """Recompute the buffers that no checkpoint holds (rotary frequencies, …) after the model came off the meta device."""
+        ...
+
+
+class Weights(Protocol):
+    """Where the initial values of the parameters come from, by name."""
+
+    def shape(self, name: str) -> torch.Size: ...
+
+    def read(self, name: str, rows: slice) -> Tensor:
+        """The `rows` of the parameter, of any floating dtype, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of the optimizer (Loshchilov and Hutter 2019); weight decay acts on matrices only."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class Engine(Shards, Protocol):
+    """A sharded model in training. Every method is a collective unless it says otherwise: all ranks call it alike."""
+
+    world: World
+    model: nn.Module
+
+    def load(self, architecture: Architecture, weights: Weights) -> None:
+        """Build the model sharded and fill each rank's shard from `weights`; what was there before is freed. Raises UserError where shapes differ."""
+        ...
+
+    def rebuild(self, architecture: Architecture, factors: Mapping[str, Decomposed]) -> None:
+        """Change the structure: the Linears named in `factors` take these, every other parameter keeps its value; the optimizer ends."""
+        ...
+
+    def start(self, optimizer: AdamW) -> None:
+        """Begin to train with a fresh optimizer."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`. What is trained on is the mean of the ranks' losses."""
+        ...
+
+    def step(self, lr: float, clip: float) -> Tensor:
+        """Clip the gradients' global norm to `clip`, step at `lr`, and clear them. Returns the norm before clipping, a scalar on the device."""
+        ...
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of this rank's shards, in host memory. Not a collective."""
+        ...
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Put a snapshot of the present structure back. Not a collective."""
+        ...
+
+    def rounded(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Inside, every parameter has the value it takes when published in `dtype`."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Each whole parameter, one at a time, on rank 0 (None elsewhere), by its state-dict name, tied ones once; float32, on the CPU."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the float32 model into the new folder `folder`, as safetensors."""
+        ...
+
+    def load_saved(self, architecture: Architecture, folder: Path) -> None:
+        """Build the model and fill it from what `save` wrote, on any number of ranks."""
+        ...
+
+
+def available() -> list[str]:
+    """The names of all engines."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def options(name: str) -> type:
+    """The settings of the engine `name`: the frozen dataclass `Options` of its file. Raises KeyError for an unknown name."""
+    if name not in available():
+        raise KeyError(name)
+    return importlib.import_module(f"{__name__}.{name}").Options
+
+
+def open_engine(name: str, settings: Any, world: World) -> Engine:
+    """The engine `name` over the ranks of `world`."""
+    return importlib.import_module(f"{__name__}.{name}").open_engine(settings, world)

@@ -1,0 +1,224 @@
+"""`engine=fsdp`: PyTorch FSDP2. Every parameter is a DTensor sharded by rows over the ranks; with `replicas` > 1, HSDP."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from plrd_train.engine import AdamW, Architecture, Weights
+from plrd_train.errors import UserError
+from plrd_train.lowrank.distributed import Decomposed
+from plrd_train.world import World
+
+
+@dataclass(frozen=True)
+class Options:
+    """`dtype` is that of the matrix products: bf16 (gradients reduced in float32, float32 masters) or fp32. `replicas` groups of ranks each hold the
+    whole sharded model (HSDP: shard inside a node, replicate across). `compile` compiles each block."""
+
+    dtype: Literal["bf16", "fp32"]
+    replicas: int
+    activation_checkpointing: bool
+    compile: bool
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"replicas is {self.replicas}: it must be at least 1")
+
+
+def open_engine(options: Options, world: World) -> "FSDP":
+    return FSDP(options, world)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a Hugging Face model: the units that are sharded, checkpointed and compiled."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+class FSDP:
+    """The protocol `plrd_train.engine.Engine` over FSDP2. Parameters and optimizer states are float32 shards; the matrix products run in `dtype`."""
+
+    model: nn.Module
+
+    def __init__(self, options: Options, world: World):
+        if world.size % options.replicas:
+            raise UserError(f"engine.replicas={options.replicas} does not divide the {world.size} ranks: choose a divisor")
+        self.options, self.world = options, world
+        self.rank, self.world_size, self.device = world.rank, world.size, world.device
+        shape = (options.replicas, world.size // options.replicas)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        self._mesh = mesh if options.replicas > 1 else mesh["shard"]
+        self._shard, self._replicate = mesh["shard"], mesh["replicate"]
+        self._optimizer: torch.optim.AdamW | None = None
+
+    # The structure
+
+    def load(self, architecture: Architecture, weights: Weights) -> None:
+        self._optimizer = None
+        self.model = self._build(architecture)
+        for name, parameter in self.model.named_parameters():
+            if weights.shape(name) != parameter.shape:
+                raise UserError(
+                    f"tensor {name} is {tuple(weights.shape(name))}, but config.json makes it {tuple(parameter.shape)}: they do not belong together"
+                )
+            local = parameter.to_local()
+            start = min(self._chunk(parameter.shape[0]) * self._shard.get_local_rank(), parameter.shape[0])
+            with torch.no_grad():
+                local.copy_(weights.read(name, slice(start, start + local.shape[0])))
+
+    def rebuild(self, architecture: Architecture, factors: Mapping[str, Decomposed]) -> None:
+        self._reshard()
+        self._optimizer = None  # its states belong to parameters that end here
+        old = {name: parameter.to_local().detach() for name, parameter in self.model.named_parameters()}
+        for name, made in factors.items():
+            old[f"{name}.up.weight"], old[f"{name}.down.weight"] = made.up, made.down
+            if f"{name}.bias" in old:
+                old[f"{name}.up.bias"] = old.pop(f"{name}.bias")
+        self.model = self._build(architecture)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.to_local().copy_(old.pop(name))
+
+    def _build(self, architecture: Architecture) -> nn.Module:
+        with torch.device("meta"):
+            model = architecture.build()
+        mixed = (
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if self.options.dtype == "bf16" else MixedPrecisionPolicy()
+        )
+        for block in _blocks(model):
+            if self.options.compile:
+                block.compile()
+            fully_shard(block, mesh=self._mesh, mp_policy=mixed)
+        fully_shard(model, mesh=self._mesh, mp_policy=mixed)
+        model.to_empty(device=self.device)
+        architecture.refill(model)
+        if self.options.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.requires_grad_(True)
+
+    def _reshard(self) -> None:
+        """Free the gathered parameters that a forward without a backward leaves behind, so that `to_local` is the shard again."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    # One weight to one rank, and back
+
+    def _chunk(self, rows: int) -> int:
+        """Rows of a shard, but for the last ones, which may have fewer or none."""
+        return math.ceil(rows / self._shard.size())
+
+    def _padded(self, local: Tensor, rows: int) -> Tensor:
+        missing = self._chunk(rows) - local.shape[0]
+        return torch.cat([local, local.new_zeros(missing, *local.shape[1:])]) if missing else local.contiguous()
+
+    def _row_of(self, owner: int) -> bool:
+        """Whether this rank belongs to the group that shards the copy of the model which `owner` is part of."""
+        return owner // self._shard.size() == self.rank // self._shard.size()
+
+    def gather(self, name: str, owner: int) -> Tensor | None:
+        self._reshard()
+        return self._gather(self.model.get_parameter(name), owner)
+
+    def _gather(self, parameter: DTensor, owner: int) -> Tensor | None:
+        if not self._row_of(owner):
+            return None
+        rows = parameter.shape[0]
+        local = self._padded(parameter.to_local().detach(), rows)
+        parts = [torch.empty_like(local) for _ in range(self._shard.size())] if owner == self.rank else None
+        dist.gather(local, parts, dst=owner, group=self._shard.get_group())
+        return torch.cat(parts)[:rows] if parts is not None else None
+
+    def scatter(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
+        chunk, size = self._chunk(shape[0]), self._shard.size()
+        local = torch.empty(chunk, *shape[1:], device=self.device)
+        if self._row_of(owner):
+            parts = None
+            if tensor is not None:
+                padded = torch.cat([tensor, tensor.new_zeros(chunk * size - shape[0], *shape[1:])])
+                parts = list(padded.split(chunk))
+            dist.scatter(local, parts, src=owner, group=self._shard.get_group())
+        if self.options.replicas > 1:
+            source = owner // size * size + self._shard.get_local_rank()  # the rank of my column in the owner's row
+            dist.broadcast(local, src=source, group=self._replicate.get_group())
+        start = min(chunk * self._shard.get_local_rank(), shape[0])
+        return local[: min(chunk, shape[0] - start)]
+
+    def share(self, value: object) -> list:
+        return self.world.share(value)
+
+    # Training
+
+    def start(self, optimizer: AdamW) -> None:
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float, clip: float) -> Tensor:
+        assert self._optimizer is not None, "step() before start()"
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    # The weights as they are
+
+    def snapshot(self) -> dict[str, Tensor]:
+        self._reshard()
+        return {name: parameter.to_local().detach().to("cpu", copy=True) for name, parameter in self.model.named_parameters()}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        self._reshard()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.to_local().copy_(snapshot[name])
+
+    @contextmanager
+    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
+        if dtype == torch.float32:
+            yield
+            return
+        exact = self.snapshot()
+        self.restore({name: tensor.to(dtype) for name, tensor in exact.items()})
+        try:
+            yield
+        finally:
+            self.restore(exact)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        self._reshard()
+        for name, parameter in self.model.named_parameters():
+            whole = self._gather(parameter, owner=0)
+            yield name, whole.cpu() if whole is not None else None
+
+    # Checkpoints
+
+    def _state(self) -> dict[str, Tensor]:
+        self._reshard()
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def save(self, folder: Path) -> None:
+        # The Hugging Face writer stores safetensors and no pickle.
+        dcp.save(self._state(), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+    def load_saved(self, architecture: Architecture, folder: Path) -> None:
+        self._optimizer = None
+        self.model = self._build(architecture)
+        dcp.load(self._state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))

@@ -1,0 +1,75 @@
+"""Building the model of a config without its weights, and what weights do not bring: the buffers."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from plrd_train.hub.modeling_plrd import with_ranks
+
+
+def build_model(config: PreTrainedConfig, ranks: Mapping[str, int] | None = None) -> PreTrainedModel:
+    """The causal LM of `config` in float32 on the default device, usually under `torch.device("meta")`; its weights are not set.
+
+    `ranks` {module name: rank} says which Linears are low-rank, all others being dense; None leaves that to the config (of a member). The class is
+    the one that `AutoModelForCausalLM` loads a published member as. Raises ValueError where `ranks` names something that is no Linear.
+    """
+    config = copy.deepcopy(config) if ranks is None else with_ranks(config, ranks)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+@torch.no_grad()
+def refill_buffers(model: PreTrainedModel) -> None:
+    """Recompute the non-persistent buffers (rotary frequencies, embedding scales), which hold garbage after `to_empty`, as transformers does.
+
+    Parameters and persistent buffers are not touched, whatever they are (DTensors, partitioned, on meta). Raises RuntimeError naming a buffer that
+    the architecture does not recompute.
+    """
+    outcomes = []
+    for filler in (0, 1):  # a buffer is recomputed if and only if what it held before does not matter
+        for _, buffer in model.named_non_persistent_buffers():
+            buffer.fill_(filler)
+        for module, owner in _buffer_owners(model, model):
+            owner._init_weights(_without_parameters(module))
+        outcomes.append({name: buffer.clone() for name, buffer in model.named_non_persistent_buffers()})
+    for name, value in outcomes[0].items():
+        if not torch.equal(value, outcomes[1][name]):
+            raise RuntimeError(f"{type(model).__name__} does not recompute its buffer {name}, so it cannot be built on the meta device")
+
+
+def _buffer_owners(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
+    """Each module with non-persistent buffers of its own, and the innermost PreTrainedModel around it, whose initialisation applies."""
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    if module._non_persistent_buffers_set:
+        yield module, owner
+    for child in module.children():
+        yield from _buffer_owners(child, owner)
+
+
+def _without_parameters(module: nn.Module) -> nn.Module:
+    """A stand-in that shares the module's attributes and non-persistent buffers, all else being on meta: initialising it cannot harm the module."""
+    twin = object.__new__(type(module))  # not type(module)(): FSDP2 gives its classes another constructor
+    twin.__dict__.update(module.__dict__)
+    on_meta = {name: p if p is None else nn.Parameter(torch.empty(p.shape, device="meta")) for name, p in module._parameters.items()}
+    own = module._non_persistent_buffers_set
+    twin._parameters = on_meta
+    twin._buffers = {name: b if b is None or name in own else torch.empty_like(b, device="meta") for name, b in module._buffers.items()}
+    twin._modules = {}
+    return twin
+
+
+@dataclass(frozen=True)
+class HubArchitecture:
+    """The causal LM of `config` with the Linears of `ranks` low-rank (see `build_model`): what `plrd_train.engine.Architecture` asks for."""
+
+    config: PreTrainedConfig
+    ranks: Mapping[str, int] | None = None
+
+    def build(self) -> PreTrainedModel:
+        return build_model(self.config, self.ranks)
+
+    def refill(self, model: PreTrainedModel) -> None:
+        refill_buffers(model)

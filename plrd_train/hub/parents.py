@@ -1,0 +1,161 @@
+"""Hugging Face parents: a local folder or a hub id, checked before any work, with its config, tokenizer and the list of its weights."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from plrd_train.errors import UserError
+from plrd_train.hub.modeling_plrd import VARIANT
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+_TOKENIZER_SETTINGS = (
+    "tokenizer_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TOKENIZER_FILES = (*VOCABULARY_FILES, *_TOKENIZER_SETTINGS)
+TOKENIZER_CODE = "tokenization*.py"
+# Single file before index, as transformers looks for them.
+_WEIGHT_FILES = ("model.safetensors", f"model.{VARIANT}.safetensors")
+_INDEX_FILES = ("model.safetensors.index.json", f"model.safetensors.index.{VARIANT}.json")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model on this machine: everything a rank needs to read it. Plain values only, so it travels as JSON or in a broadcast.
+
+    path: as the user gave it; revision: commit hash of a hub id, None for a folder; folder: where its files lie; weights: {tensor name: file name}.
+    """
+
+    path: str
+    revision: str | None
+    folder: str
+    weights: dict[str, str]
+
+
+def open_parent(path: str, revision: str = "main", trust_remote_code: bool = False) -> Parent:
+    """Find (and for a hub id download) a parent and check that it is a causal LM with tokenizer and readable safetensors; only headers are read.
+
+    `revision` is a branch, tag or commit of a hub id, and means nothing for a folder. Remote code is fetched for tokenizers only.
+    Raises UserError.
+    """
+    folder, commit = Path(path).expanduser().absolute(), None
+    if not folder.is_dir():
+        folder, commit = _download(path, revision, trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"parent {path}: has no config.json; give the folder of a Hugging Face model")
+    parent = Parent(path, commit, str(folder), weights={})
+    load_config(parent)
+    if not any(file for pattern in VOCABULARY_FILES for file in folder.glob(pattern)):
+        raise UserError(f"parent {path}: has no tokenizer; copy its tokenizer.json or tokenizer.model, and tokenizer_config.json, beside config.json")
+    return dataclasses.replace(parent, weights=_weight_map(folder, path))
+
+
+def load_config(parent: Parent) -> PreTrainedConfig:
+    """The config of a parent, dense or a published member. Raises UserError where it is not that of an unquantized causal LM of transformers."""
+    file = Path(parent.folder) / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(parent.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers has no common class for what a broken config raises
+        raise UserError(f"{file}: {_first_line(error)}") from error
+    architecture = getattr(config, "parent_class", type(config))
+    names = config.architectures or ["ForCausalLM"]
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING or not any("CausalLM" in name or "LMHead" in name for name in names):
+        raise UserError(f"{file}: {', '.join(config.architectures or [architecture.__name__])} is not a causal LM; only those can be parents")
+    if config.is_encoder_decoder:
+        raise UserError(f"{file}: an encoder-decoder model is not a causal LM; only those can be parents")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{file}: these weights are quantized; give the unquantized model")
+    return config
+
+
+def load_tokenizer(parent: Parent, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The parent's own tokenizer. Raises UserError where it does not load or knows more tokens than the model has embeddings."""
+    config = load_config(parent)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(parent.folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # tokenizers and sentencepiece raise what they like, bare Exception included
+        raise UserError(f"parent {parent.path}: its tokenizer does not load ({_first_line(error)})") from error
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"parent {parent.path}: its tokenizer has {len(tokenizer)} tokens, config.json a vocab_size of {vocabulary}: not of one model"
+        )
+    return tokenizer
+
+
+def _download(path: str, revision: str, trust_remote_code: bool) -> tuple[Path, str]:
+    """(snapshot folder, commit) of a hub id; the library's own cache and HF_TOKEN are used."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        raise UserError(f"parent {path}: no such folder, and not the form of a hub id (owner/name)") from None
+    code = [TOKENIZER_CODE] if trust_remote_code else []
+    patterns = ["config.json", "generation_config.json", *TOKENIZER_FILES, *code, "model*.safetensors", *_INDEX_FILES]
+    try:
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise UserError(f"parent {path}: gated on the hub; accept its terms on its page there and set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"parent {path}: no such folder, and no such model on the hub (for a private one set HF_TOKEN)") from None
+    except RevisionNotFoundError:
+        raise UserError(f"parent {path}: the hub has no revision {revision} of it (parent.revision)") from None
+    except Exception as error:  # connection, proxy, server and cache errors come from several libraries
+        raise UserError(f"parent {path}: neither a folder nor a hub id that can be reached ({_first_line(error)})") from error
+    return folder, folder.name
+
+
+def _weight_map(folder: Path, path: str) -> dict[str, str]:
+    """{tensor name: file name} from the headers of a folder's safetensors files."""
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return dict.fromkeys(_tensor_names(folder / name), name)
+    for name in _INDEX_FILES:
+        if (folder / name).is_file():
+            return _read_index(folder / name)
+    if any(folder.glob("*.bin")):
+        convert = f"AutoModelForCausalLM.from_pretrained({path!r}).save_pretrained(FOLDER)"
+        raise UserError(f"parent {path}: has only .bin weights; convert them once with transformers: {convert}, and copy the tokenizer's files")
+    raise UserError(f"parent {path}: has no model.safetensors and no {_INDEX_FILES[0]}")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weights.values()))
+        outside = [name for name in shards if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{index}: needs "weight_map": {{tensor name: file name}}; fetch it again') from None
+    if outside:
+        raise UserError(f"{index}: names {outside[0]}, a file outside its folder")
+    held = {}
+    for name in shards:
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index}: names {name}, which is missing; fetch it again")
+        held[name] = set(_tensor_names(index.parent / name))
+    for tensor, name in weights.items():
+        if tensor not in held[name]:
+            raise UserError(f"{index}: says that {name} holds {tensor}, which it does not; fetch both again")
+    return weights
+
+
+def _tensor_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file}: truncated or not safetensors ({_first_line(error)}); fetch it again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,106 @@
+"""Reading a parent's weights a few rows at a time, so that no rank needs to hold more than its own share."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from plrd_train.errors import UserError
+from plrd_train.hub.models import build_model
+from plrd_train.hub.parents import Parent, load_config
+
+
+class WeightReader:
+    """Tensors of a parent by the names that its model gives them, in the dtype that they are stored in.
+
+    Files may say `embed_out.weight` for GPT-NeoX's `lm_head.weight`, leave out the prefix `model.`, or hold a tied weight under one name only;
+    names are matched as transformers does it, and a tied weight is found under each of its names.
+    """
+
+    def __init__(self, parent: Parent):
+        self._parent = parent
+        self._open: dict[Path, safe_open] = {}
+        with torch.device("meta"):
+            model = build_model(load_config(parent))
+        self._stored, self._converted = dict[str, str](), dict[str, str]()
+        for stored, name, as_it_is in _names_in_model(model, parent):
+            (self._stored if as_it_is else self._converted)[name] = stored
+        owner = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in self._stored}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name not in self._stored and id(tensor) in owner:
+                self._stored[name] = self._stored[owner[id(tensor)]]
+
+    def names(self) -> list[str]:
+        """The names that can be read."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> torch.Size:
+        file, stored = self._find(name)
+        return torch.Size(self._handle(file).get_slice(stored).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        file, stored = self._find(name)
+        return _dtype(self._handle(file), stored)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor `name`, or only `rows` of its first dimension: nothing else is read from the file.
+
+        Raises UserError where the parent has no such tensor or what was read is not finite.
+        """
+        file, stored = self._find(name)
+        handle = self._handle(file)
+        tensor = handle.get_tensor(stored) if rows is None else handle.get_slice(stored)[rows]
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{file}: {stored} holds NaN or infinity; fetch the file again, or choose another parent")
+        return tensor
+
+    def _find(self, name: str) -> tuple[Path, str]:
+        """(file, name in it)."""
+        if name in self._converted:
+            mend = "load it with transformers and save it with save_pretrained(FOLDER, save_original_format=False)"
+            raise UserError(f"parent {self._parent.path}: {self._converted[name]} is stored in a form that must be converted; once, {mend}")
+        if name not in self._stored:
+            raise UserError(f"parent {self._parent.path}: its weights hold no {name}, which its config.json asks for")
+        stored = self._stored[name]
+        return Path(self._parent.folder) / self._parent.weights[stored], stored
+
+    def _handle(self, file: Path) -> safe_open:
+        """Files stay open, and mapped, as long as the reader."""
+        if file not in self._open:
+            if not file.is_file():
+                raise UserError(f"{file}: not on this machine; every node needs the parent, on a shared disk or in a cache of its own (HF_HOME)")
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]
+
+
+def parent_dtype(parent: Parent) -> torch.dtype:
+    """The dtype that most of a parent's numbers are stored in."""
+    counts = Counter[torch.dtype]()
+    for file in set(parent.weights.values()):
+        with safe_open(Path(parent.folder) / file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118, a safe_open is no dict
+                counts[_dtype(handle, name)] += torch.Size(handle.get_slice(name).get_shape()).numel()
+    return counts.most_common(1)[0][0]
+
+
+def _dtype(handle: safe_open, name: str) -> torch.dtype:
+    tensor = handle.get_slice(name)
+    return (tensor[:0] if tensor.get_shape() else handle.get_tensor(name)).dtype
+
+
+def _names_in_model(model: PreTrainedModel, parent: Parent) -> Iterator[tuple[str, str, bool]]:
+    """(name in the file, name in the model, whether the tensor is taken as it is) by the rules of transformers' own from_pretrained."""
+    rules, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    for stored in sorted(parent.weights, key=dot_natural_key):
+        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        if name not in state and stored in state:
+            name, converter = stored, None
+        yield stored, name, converter is None

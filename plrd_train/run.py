@@ -1,0 +1,216 @@
+"""One run: the parent, data, engine and records that the pipeline works on, opened from a config."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plrd_train import resolved
+from plrd_train.config import from_mapping
+from plrd_train.data.corpus import resolve_corpus
+from plrd_train.data.documents import EvalDocument, evaluation_documents
+from plrd_train.data.embedded import write_corpus
+from plrd_train.data.loader import merge_positions
+from plrd_train.engine import Engine, open_engine
+from plrd_train.errors import UserError
+from plrd_train.evaluation.perplexity import perplexity
+from plrd_train.family import Family
+from plrd_train.hub.card import member_card
+from plrd_train.hub.members import write_member
+from plrd_train.hub.modeling_plrd import model_ranks
+from plrd_train.hub.models import HubArchitecture
+from plrd_train.hub.parents import load_config, load_tokenizer, open_parent
+from plrd_train.hub.weights import WeightReader, parent_dtype
+from plrd_train.lowrank.distributed import Decomposed
+from plrd_train.lowrank.ranks import Shape
+from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.recover.checkpoint import Checkpoints, Progress
+from plrd_train.recover.loop import Counters, Recovered
+from plrd_train.recover.schedule import peak_rate
+from plrd_train.scratch import train_parent
+from plrd_train.tracking import console
+from plrd_train.tracking.report import write_report
+from plrd_train.tracking.tracker import open_tracker
+from plrd_train.training import open_loader, train
+from plrd_train.world import World
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the family: `index` counts from 1, `tokens` is its budget."""
+
+    index: int
+    ratio: float
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """The name of its member."""
+        return f"{self.ratio:g}x"
+
+
+class Run:
+    """What `plrd_train.pipeline` works on. Opening it checks everything that can be wrong with the input; methods are collectives."""
+
+    def __init__(self, source: Mapping[str, Any], world: World):
+        """Open the run of the resolved mapping `source` (the shape of conf/config.yaml), anew or where it was stopped. Raises UserError."""
+        self.world = world
+        before = world.on_main(lambda: resolved.read(Path(source["run_dir"])))
+        source = resolved.pinned(dict(source), before)
+        self.config = config = from_mapping(source)
+        self.run_dir = run_dir = Path(config.run_dir)
+        world.on_main(lambda: resolved.refuse_other(source, before, run_dir))
+        if config.data.streams < world.size:
+            raise UserError(f"data.streams: {config.data.streams} streams cannot feed {world.size} ranks; give at least that many")
+        budgets = config.stages.budgets()
+        self.stages = [Stage(i + 1, ratio, tokens) for i, (ratio, tokens) in enumerate(zip(config.stages.ratios, budgets, strict=True))]
+
+        if config.data.embedded:
+            world.on_main(lambda: write_corpus(Path(config.data.train).parent))
+        self.engine: Engine = open_engine(config.engine.name, config.engine.settings, world)
+        self._train = world.on_main(lambda: resolve_corpus(config.data.train, "train", config.data.revision))
+        held_out = world.on_main(lambda: resolve_corpus(config.data.validation, "validation", config.data.revision))
+        if config.parent.scratch is not None:
+            train_parent(config, world, self.engine, self._train)
+        self.parent = world.on_main(lambda: open_parent(config.parent.path, config.parent.revision or "main", config.parent.trust_remote_code))
+        self.tokenizer = world.on_main(lambda: load_tokenizer(self.parent, config.parent.trust_remote_code))
+        self._parent_config = world.on_main(lambda: load_config(self.parent))
+        self._dtype = world.on_main(lambda: parent_dtype(self.parent))
+        self._held_out: list[EvalDocument] = world.on_main(
+            lambda: evaluation_documents(held_out, self.tokenizer, config.evaluation.context, config.evaluation.tokens, config.data.skip_bad)
+        )
+        pins = {"parent": self.parent.revision, "data": self._train.revision}
+        source = {**source, **{group: {**source[group], "revision": revision} for group, revision in pins.items()}}
+        world.on_main(lambda: resolved.write(source, run_dir))
+
+        self.family: Family = world.on_main(lambda: Family.read(run_dir, must_exist=False))
+        self.checkpoints = Checkpoints(run_dir, self.engine)
+        self.counters = Counters()
+        self._loader = open_loader(config, world, self._train, self.tokenizer)
+        self._tracker = open_tracker(config, world, run_dir, sum(budgets))
+
+    # The trunk
+
+    def resume(self) -> Progress:
+        """Put into the engine what the run goes on from: the parent; or, of a stopped run, the last trunk, or the member that it had still to
+        publish."""
+        progress = self.checkpoints.latest()
+        if progress is None:
+            progress = Progress(ranks=model_ranks(self._parent_config))
+            self.engine.load(self.architecture(None), WeightReader(self.parent))
+            self._tracker.rewind(0)
+            if not self.family.parent:
+                evaluated = self.evaluate("of the parent")
+                self.family.parent = {"path": self.config.parent.path, "revision": self.parent.revision, "params": self.params(), "eval": evaluated}
+                self.world.on_main(self.family.write)
+            return progress
+        published = progress.entry is None or self.family.has(progress.entry["name"])
+        load = self.checkpoints.load_trunk if published else self.checkpoints.load_member
+        load(progress, self.architecture(progress.ranks))
+        if progress.position is not None:
+            self._loader.seek(progress.position)
+        self.counters = Counters(progress.steps, progress.tokens_total, 0, dict(progress.domain_tokens))
+        self._tracker.rewind(progress.steps)
+        return progress
+
+    def load_trunk(self, progress: Progress) -> None:
+        self.checkpoints.load_trunk(progress, self.architecture(progress.ranks))
+
+    def architecture(self, ranks: Mapping[str, int] | None) -> HubArchitecture:
+        """The parent's architecture with exactly these Linears low-rank; None: those of the parent itself."""
+        return HubArchitecture(self._parent_config, ranks)
+
+    def shapes(self) -> dict[str, Shape]:
+        """The eligible Linears of the model in the engine."""
+        linears = self.config.linears
+        shapes = {name: Shape.of(linear) for name, linear in eligible_linears(self.engine.model, linears.include, linears.exclude)}
+        if not shapes:
+            raise UserError(f"linears: no Linear of {self.config.parent.path} is left to factor; mend linears.include and linears.exclude")
+        return shapes
+
+    def params(self) -> int:
+        """All parameters of the model in the engine, tied ones once."""
+        return sum(parameter.numel() for parameter in self.engine.model.parameters())
+
+    def position(self) -> dict[str, Any]:
+        """The data position over all ranks."""
+        return merge_positions(self.world.share(self._loader.position()))
+
+    # The stages
+
+    @contextmanager
+    def factoring(self, stage: Stage, ranks: Mapping[str, int]) -> Iterator[Callable[[Decomposed], None]]:
+        """Show and record each Linear as it is factored."""
+        with console.progress(f"stage {stage.index}: factor to {stage.ratio:g}x", len(ranks), "weights") as bar:
+
+            def on_done(done: Decomposed) -> None:
+                bar.update(1, error=done.rel_error)
+                self._tracker.log_event(
+                    "factor",
+                    {
+                        "stage/index": stage.index,
+                        "linear": done.name,
+                        "rank": done.rank,
+                        "factor/rel_error": done.rel_error,
+                        "factor/seconds": done.seconds,
+                    },
+                )
+
+            yield on_done
+
+    def recover(self, stage: Stage) -> Recovered:
+        """Train the trunk in the engine on the stage's budget."""
+        peak = peak_rate(self.config.recover, self._parent_config.get_text_config().hidden_size)
+        fields = {"stage/index": stage.index, "stage/ratio": stage.ratio}
+        title = f"stage {stage.index}: recover at {stage.ratio:g}x"
+        return train(
+            self.config,
+            self.engine,
+            self._parent_config,
+            self._loader,
+            self.counters,
+            self._tracker,
+            title=title,
+            tokens=stage.tokens,
+            peak=peak,
+            fields=fields,
+        )
+
+    def evaluate(self, when: str, stage: Stage | None = None) -> dict[str, Any]:
+        """Held-out perplexity of the model in the engine, on its weights as they would be published."""
+        with self.engine.rounded(self._dtype):
+            measured = perplexity(self.engine, self._held_out, self.config.evaluation.batch)
+        console.say(f"perplexity {when}{f', {stage.ratio:g}x' if stage else ''}: {measured.ppl:.4g}")
+        where = {"stage/index": stage.index if stage else 0, "when": when}
+        self._tracker.log_event("evaluation", {**where, "val/loss": measured.loss, "val/ppl": measured.ppl})
+        return measured.to_dict()
+
+    def publish(self, entry: dict[str, Any], ranks: Mapping[str, int]) -> None:
+        """Write the model in the engine as the member of `entry`, and list it in family.json once its folder is whole."""
+        folder = self.family.member_folder(entry["name"])
+        if not self.world.on_main(folder.exists):  # it does where a run was stopped between its publication and family.json
+            tensors = self.engine.tensors()
+            if self.world.is_main:
+                write_member(
+                    folder,
+                    config=self._parent_config,
+                    ranks=ranks,
+                    tensors=tensors,
+                    dtype=self._dtype,
+                    parent=self.parent,
+                    card=member_card(entry, self.family.parent, dataclasses.asdict(self.config)),
+                )
+            else:
+                for _ in tensors:  # gathering is collective
+                    pass
+        self.family.members.append(entry)
+        self.world.on_main(self.family.write)
+        if self.world.is_main:
+            write_report(self.run_dir)
+
+    def close(self, exit_code: int = 0) -> None:
+        """End the loader's thread and the records; the run can be opened again."""
+        self._loader.close()
+        self._tracker.close(exit_code)

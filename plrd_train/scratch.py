@@ -1,0 +1,107 @@
+"""A parent trained from random weights, by the same loop as every stage: the paper's baseline, and the quickstart's parent."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from plrd_train.config import Config, Scratch
+from plrd_train.data.corpus import Corpus
+from plrd_train.data.embedded import train_tokenizer
+from plrd_train.engine import Engine
+from plrd_train.errors import UserError
+from plrd_train.hub.members import write_member
+from plrd_train.hub.models import HubArchitecture, build_model
+from plrd_train.hub.parents import Parent
+from plrd_train.recover.loop import Counters
+from plrd_train.tracking.tracker import open_tracker
+from plrd_train.training import open_loader, train
+from plrd_train.world import World
+
+CARD = """---
+library_name: transformers
+---
+# A parent trained from scratch
+
+{params:,} parameters, {tokens:,} tokens of `{corpus}`, by plrd_train. A small model for trying things out: it is good for nothing else.
+"""
+
+
+class RandomWeights:
+    """The initial values that transformers gives a model of `config`, one module at a time, the same on any number of ranks."""
+
+    def __init__(self, config: PreTrainedConfig, seed: int):
+        with torch.device("meta"):
+            self._model: PreTrainedModel = build_model(config)
+        self._seeds = {name: seed * 1_000_003 + i for i, (name, _) in enumerate(self._model.named_modules())}
+        self._filled: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def shape(self, name: str) -> torch.Size:
+        return self._model.get_parameter(name).shape
+
+    @torch.no_grad()
+    def read(self, name: str, rows: slice) -> Tensor:
+        module_name, _, leaf = name.rpartition(".")
+        if self._filled[0] != module_name:
+            module = self._model.get_submodule(module_name)
+            values = {key: nn.Parameter(torch.zeros(p.shape)) for key, p in module.named_parameters(recurse=False)}
+            meta = dict(module._parameters)
+            module._parameters.update(values)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seeds[module_name])
+                self._model._init_weights(module)
+            module._parameters.update(meta)
+            self._filled = (module_name, {key: value.detach() for key, value in values.items()})
+        return self._filled[1][leaf][rows]
+
+
+def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus) -> None:
+    """Train the parent that `parent.scratch` describes and publish it as `parent.path`, a plain Hugging Face folder; one that is there is kept."""
+    scratch, folder = config.parent.scratch, Path(config.parent.path)
+    assert scratch is not None
+    if world.on_main(folder.exists):
+        return
+    tokenizer_folder = folder.with_name(folder.name + "-tokenizer")
+    tokenizer = world.on_main(lambda: _tokenizer(scratch, config, tokenizer_folder))
+    architecture = world.on_main(lambda: _architecture(scratch, tokenizer))
+    engine.load(HubArchitecture(architecture), RandomWeights(architecture, config.seed))
+    loader = open_loader(config, world, corpus, tokenizer)
+    tracker = open_tracker(config, world, Path(config.run_dir) / "scratch", scratch.tokens)
+    tracker.rewind(0)
+    fields = {"stage/index": 0, "stage/ratio": 1.0}
+    try:
+        train(
+            config, engine, architecture, loader, Counters(), tracker, title="train the parent", tokens=scratch.tokens, peak=scratch.lr, fields=fields
+        )
+    finally:
+        loader.close()
+        tracker.close()
+    tensors = engine.tensors()
+    if world.is_main:
+        params = sum(parameter.numel() for parameter in engine.model.parameters())
+        card = CARD.format(params=params, tokens=scratch.tokens, corpus=config.data.train)
+        source = Parent(config.parent.path, None, str(tokenizer_folder), {})
+        write_member(folder, config=architecture, ranks={}, tensors=tensors, dtype=torch.float32, parent=source, card=card)
+    else:
+        for _ in tensors:  # gathering is collective
+            pass
+
+
+def _tokenizer(scratch: Scratch, config: Config, folder: Path) -> PreTrainedTokenizerBase:
+    if scratch.tokenizer is None:
+        train_tokenizer(Path(config.data.train), folder, scratch.vocab_size)
+    else:
+        try:
+            AutoTokenizer.from_pretrained(scratch.tokenizer).save_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"parent.scratch.tokenizer: {scratch.tokenizer} does not load ({str(error).splitlines()[0]})") from None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _architecture(scratch: Scratch, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    values = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **scratch.architecture, "vocab_size": len(tokenizer)}
+    try:
+        return AutoConfig.for_model(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"parent.scratch.architecture: not a config that transformers knows ({str(error).splitlines()[0]})") from None

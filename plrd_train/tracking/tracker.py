@@ -1,0 +1,227 @@
+"""Metrics by name, one row for each optimizer step: metrics.jsonl, which is the record, and Weights & Biases, which may fail without harm."""
+
+import dataclasses
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from plrd_train.config import Config
+from plrd_train.tracking import console
+from plrd_train.tracking.rows import Row, append_row, read_rows, replace_rows
+from plrd_train.world import World
+
+WandbMode = Literal["offline", "online", "disabled"]
+_FINISH_TIMEOUT = 120.0  # seconds for the last uploads of an online run
+
+
+class Tracker:
+    """Writes `run_dir`/metrics.jsonl, `run_dir`/events.jsonl and a W&B run.
+
+    A Tracker on a run_dir that holds rows already goes on after the last one; a restart says with `rewind` how far back its checkpoint lies. W&B
+    starts at the first row to be logged. Where its run begins empty, as an offline one always does, it is given all rows kept so far: the newest
+    local run holds each step exactly once however often the run was restarted, and the older local ones are removed. Steps that an online run has
+    logged past the checkpoint stay there and come a second time. Whatever goes wrong with W&B costs one line of warning; the run goes on without it.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        wandb_mode: WandbMode,
+        wandb_project: str,
+        wandb_name: str | None,
+        config: Mapping[str, Any],
+        budget_tokens: int,
+    ):
+        self._run_dir = run_dir
+        self._metrics = run_dir / "metrics.jsonl"
+        self._events = run_dir / "events.jsonl"
+        self._budget_tokens = budget_tokens
+        self._wandb = None if wandb_mode == "disabled" else _WandbRun(run_dir, wandb_mode, wandb_project, wandb_name, config)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        rows = read_rows(self._metrics)
+        self.rewind(rows[-1]["step"] + 1 if rows else 0)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows and events of step `step` and later; the next row logged is step `step`. To be called before anything is logged.
+
+        Events of the step before are kept until this run repeats them: nothing says whether the checkpoint was written before or after them.
+        """
+        kept = {path: [row for row in read_rows(path) if row["step"] < step] for path in (self._metrics, self._events)}
+        for path, rows in kept.items():
+            if path.is_file():
+                replace_rows(path, rows)
+        self._step = step
+        self._tokens = kept[self._metrics][-1]["tokens/total"] if kept[self._metrics] else 0
+        self._repeatable = {_identity(row) for row in kept[self._events] if row["step"] == step - 1}
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Record one optimizer step; `tokens/total` must be among its metrics. Adds `step`, counted from 0 over the run, and `tokens/budget`."""
+        row = {"tokens/budget": self._budget_tokens, **metrics, "step": self._step}
+        self._send(row)
+        append_row(self._metrics, row)
+        self._step += 1
+        self._tokens = metrics["tokens/total"]
+
+    def log_event(self, kind: str, metrics: Mapping[str, float | str]) -> None:
+        """Record something that happened between steps, such as a factoring or an evaluation, identified by all that is no float (a layer, a stage).
+
+        Adds `kind`, `step` (the last finished one, -1 before the first) and, if not given, `tokens/total`. An event that repeats one from before a
+        restart replaces it.
+        """
+        row: Row = {"tokens/total": self._tokens, **metrics, "kind": kind, "step": self._step - 1}
+        self._send(row)
+        identity = _identity(row)
+        if identity in self._repeatable:
+            self._repeatable.remove(identity)
+            replace_rows(self._events, [old for old in read_rows(self._events) if _identity(old) != identity])
+        append_row(self._events, row)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Give W&B the outcome of the run by name."""
+        if self._wandb:
+            self._wandb.summary(values)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the W&B run; 0 marks it finished, anything else failed."""
+        if self._wandb:
+            self._wandb.finish(exit_code)
+
+    def _send(self, row: Row) -> None:
+        """Give `row` to W&B before it stands in a file, which a W&B run that starts now is filled from."""
+        if self._wandb:
+            self._wandb.log(row, earlier=lambda: sorted(read_rows(self._metrics) + read_rows(self._events), key=lambda row: row["step"]))
+
+
+class NullTracker(Tracker):
+    """The tracker of every rank but 0: takes what a Tracker takes and keeps nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def log_event(self, kind: str, metrics: Mapping[str, float | str]) -> None:
+        pass
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self, exit_code: int = 0) -> None:
+        pass
+
+
+def open_tracker(config: Config, world: World, run_dir: Path, budget_tokens: int) -> Tracker:
+    """Return the tracker of this rank for `run_dir`, by the keys `tracking.*`; the ranks above 0 get one that keeps nothing."""
+    if not world.is_main:
+        return NullTracker()
+    wandb = config.tracking.wandb
+    return Tracker(
+        run_dir,
+        wandb_mode=wandb.mode,
+        wandb_project=wandb.project,
+        wandb_name=wandb.name or run_dir.absolute().name,
+        config=dataclasses.asdict(config),
+        budget_tokens=budget_tokens,
+    )
+
+
+def _identity(event: Row) -> tuple:
+    return tuple(sorted((name, value) for name, value in event.items() if name != "tokens/total" and isinstance(value, (str, int))))
+
+
+class _WandbRun:
+    """One W&B run, begun at the first row, that never raises: after the first failure it says so and does nothing more."""
+
+    def __init__(self, run_dir: Path, mode: WandbMode, project: str, name: str | None, config: Mapping[str, Any]):
+        self._run_dir = run_dir
+        self._init = {"mode": mode, "project": project, "name": name, "config": dict(config)}
+        self._run: Any = None
+        self._failed = False
+
+    def log(self, row: Row, earlier: Callable[[], list[Row]]) -> None:
+        """Log `row`; a run that begins empty gets the rows of `earlier` first."""
+        self._guard(lambda: self._log(row, earlier))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        if self._run:
+            self._guard(lambda: self._run.summary.update(dict(values)))
+
+    def finish(self, exit_code: int) -> None:
+        if not self._run:
+            return
+        folder = Path(self._run.settings.sync_dir)
+        self._guard(lambda: self._run.finish(exit_code=exit_code))
+        self._run = None
+        if self._init["mode"] == "offline":
+            console.say(f"W&B kept this run on disk; to send it: wandb sync {folder}")
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever it is, tracking must not take the run down
+            self._failed = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            console.say(f"warning: W&B is off for the rest of this run ({reason}); metrics.jsonl goes on")
+
+    def _log(self, row: Row, earlier: Callable[[], list[Row]]) -> None:
+        if self._run is None:
+            self._start()
+            known = self._run.summary.get("step", -1)  # what a resumed online run has; an offline one has nothing
+            for old in earlier():
+                if old["step"] > known:
+                    self._run.log(old)
+            self._remove_older()
+        self._run.log(row)
+
+    def _start(self) -> None:
+        mode = self._init["mode"]
+        os.environ["WANDB_MODE"] = mode  # `tracking.wandb.mode` decides, not what the environment says
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B's own crash reports look up a host even when offline
+        folder = self._run_dir / "wandb"
+        folder.mkdir(exist_ok=True)
+        os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "cache").absolute()))
+        import wandb  # here, because it takes a second or two and reads the environment
+
+        if mode == "online" and not wandb.login(prompt=False):
+            raise RuntimeError("no API key: set WANDB_API_KEY or run wandb login")
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,  # command line, user and host names
+            x_disable_machine_info=True,
+            x_disable_stats=mode == "offline",  # they ask the network which cloud this is
+            x_save_requirements=False,
+            x_transaction_log_flush_interval=1.0,  # seconds of log that a kill may lose
+            finish_timeout=_FINISH_TIMEOUT,
+        )
+        self._run = wandb.init(dir=self._run_dir, id=self._run_id(), resume="allow", settings=settings, **self._init)
+        self._run.define_metric("tokens/total")
+        self._run.define_metric("*", step_metric="tokens/total")
+        if mode == "online":
+            console.say(f"W&B: {self._run.url}")
+
+    def _run_id(self) -> str:
+        """The id of this run_dir's W&B run, made at the first start."""
+        path = self._run_dir / "wandb_run_id"
+        if not path.is_file():
+            path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()
+
+    def _remove_older(self) -> None:
+        """Remove the local logs of offline runs that the present one repeats from the beginning."""
+        current = Path(self._run.settings.sync_dir).name
+        for folder in (self._run_dir / "wandb").glob(f"offline-run-*-{self._run.id}"):
+            if folder.name != current:
+                shutil.rmtree(folder)

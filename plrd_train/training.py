@@ -1,0 +1,63 @@
+"""Training as a run does it: the loader and loop of `data` and `recover`, with progress on the console and a record of each step."""
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from plrd_train.config import Config
+from plrd_train.data.corpus import Corpus
+from plrd_train.data.loader import Loader
+from plrd_train.engine import Engine
+from plrd_train.recover.loop import Counters, Recovered, Trainer
+from plrd_train.recover.perf import Perf
+from plrd_train.tracking import console
+from plrd_train.tracking.tracker import Tracker
+from plrd_train.world import World
+
+
+def open_loader(config: Config, world: World, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Loader:
+    """The training text from its beginning, this rank's share."""
+    data = config.data
+    return Loader(
+        corpus,
+        tokenizer,
+        seq_len=data.seq_len,
+        streams=data.streams,
+        seed=config.seed,
+        append_eos=data.append_eos,
+        rank=world.rank,
+        world_size=world.size,
+        skip_bad=data.skip_bad,
+    )
+
+
+def train(
+    config: Config,
+    engine: Engine,
+    architecture: PreTrainedConfig,
+    loader: Loader,
+    counters: Counters,
+    tracker: Tracker,
+    *,
+    title: str,
+    tokens: int,
+    peak: float,
+    fields: Mapping[str, float],
+) -> Recovered:
+    """Train the engine's model on `tokens` tokens at the peak learning rate `peak`; `fields` go into the record of each step."""
+    text, seq_len = architecture.get_text_config(), config.data.seq_len
+    params = sum(parameter.numel() for parameter in engine.model.parameters())
+    perf = Perf.of_model(params, text.num_hidden_layers, text.hidden_size, seq_len, engine.world_size, engine.device)
+    epoch = loader.epoch
+    with console.progress(title, tokens, "tokens") as bar:
+
+        def on_step(metrics: dict[str, float]) -> None:
+            nonlocal epoch
+            tracker.log({**metrics, **fields})
+            bar.update(trainer.step_tokens, loss=metrics["train/loss"], lr=metrics["train/lr"])
+            if metrics["data/epoch"] > epoch:
+                epoch = int(metrics["data/epoch"])
+                console.say(f"data.train holds fewer tokens than the budget: epoch {epoch + 1} of it begins, in another order")
+
+        trainer = Trainer(engine, loader, config.objective.settings, config.recover, seq_len, perf, counters, on_step)
+        return trainer.recover(tokens, peak)

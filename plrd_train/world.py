@@ -1,0 +1,74 @@
+"""The ranks of this run: process groups, and errors that all of them share."""
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from plrd_train.errors import UserError
+
+T = TypeVar("T")
+# Loading, factoring and compiling a 7B parent keep ranks apart for long before the first step.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class SharedError(UserError):
+    """A UserError that every rank raises alike, so that rank 0 alone needs to print it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Who I am among the ranks, and where I compute. One process without a launcher is a world of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def open(cls) -> "World":
+        """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, …), or make one of a single rank."""
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if "MASTER_ADDR" not in os.environ else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        return cls(rank, size, device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 alone and give its (picklable) result to all; a UserError there is raised on every rank."""
+        box: list = [None, None]
+        if self.is_main:
+            try:
+                box[0] = work()
+            except UserError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if box[1] is not None:
+            raise SharedError(box[1])
+        return box[0]
+
+    def share(self, value: T) -> list[T]:
+        """The (small, picklable) `value` of every rank, in rank order, on every rank."""
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def close(self) -> None:
+        dist.destroy_process_group()

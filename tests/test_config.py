@@ -1,0 +1,88 @@
+"""Composition and the schema: what experiments hold, and the one line that each mistake gives."""
+
+import pytest
+
+from plrd_train.compose import CONF, compose
+from plrd_train.config import Config, from_mapping
+from plrd_train.errors import UserError
+
+
+def configured(*overrides: str) -> Config:
+    (job,) = compose(overrides)
+    return from_mapping(job)
+
+
+TINY = ("experiment=tinystories", "parent.path=p", "data.train=t", "data.validation=v")
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(experiment):
+    given = TINY[1:] if experiment == "tinystories" else ()
+    config = configured(f"experiment={experiment}", *given)
+    assert config.experiment == experiment and config.run_dir == f"runs/{experiment}"
+
+
+@pytest.mark.parametrize(("experiment", "parent"), [("mistral_7b", "mistralai/Mistral-7B-v0.1"), ("llama2_7b", "meta-llama/Llama-2-7b-hf")])
+def test_the_7b_experiments_carry_the_papers_setting(experiment, parent):
+    config = configured(f"experiment={experiment}")
+    assert config.parent.path == parent and config.data.train == "cerebras/SlimPajama-627B"
+    assert len(config.stages.ratios) == 4 and config.stages.ratios[-1] == 2.25
+    assert config.stages.budgets() == (250_000_000,) * 4
+    assert (config.recipe, config.factorizer.name, config.objective.name) == ("paper", "svd", "ce")
+
+
+def test_overrides_reach_their_key():
+    config = configured(*TINY, "stages.ratios=[1.5,3]", "stages.tokens=1e5", "recover.lr=1e-3", "run_dir=/tmp/x", "linears.exclude=[a, b]")
+    assert config.stages.ratios == (1.5, 3.0) and config.stages.budgets() == (100_000, 100_000)
+    assert config.recover.lr == 1e-3 and config.run_dir == "/tmp/x" and config.linears.exclude == ("a", "b")
+
+
+def test_total_tokens_are_split_by_growth():
+    config = configured(*TINY, "stages.ratios=[1.5,2,3]", "stages.tokens=null", "stages.total_tokens=70000", "stages.growth=2")
+    assert config.stages.budgets() == (10_000, 20_000, 40_000)
+
+
+def test_launchers_may_add_their_local_rank():
+    assert configured("--local_rank=1", *TINY).experiment == "tinystories"
+
+
+def test_a_sweep_gives_one_config_a_point():
+    assert [job["seed"] for job in compose(["--multirun", *TINY, "seed=1,2"])] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("foo=1", "foo: unknown key"),
+        ("recover.lrr=1", "recover.lrr: unknown key; did you mean lr?"),
+        ("engine.x=1", "engine.x: unknown key"),
+        ("factorizer.calibration=1", "factorizer.calibration: unknown key"),
+        ("recover.lr=fast", "recover.lr: Input should be a valid number"),
+        ("recover.lr=0", "recover.lr: Input should be greater than 0"),
+        ("recover.clip=true", "recover.clip: Input should be a valid number"),
+        ("seed=1.5", "seed: Input should be a valid integer"),
+        ("data.seq_len='64'", "data.seq_len: Input should be a valid integer"),
+        ("data.seq_len=1", "data.seq_len: Input should be greater than or equal to 2"),
+        ("stages.ratios=[0.5]", "stages.ratios: a ratio of 0.5 makes the model no smaller"),
+        ("stages.ratios=[1.5,1.5]", "stages.ratios: 1.5 comes after 1.5: ratios must grow"),
+        ("stages.ratios=[inf]", "stages.ratios"),
+        ("stages.ratios=[2,1.25]", "stages.ratios: 1.25 comes after 2.0"),
+        ("stages.tokens=[1e5]", "stages.tokens: 1 budgets for the 4 ratios"),
+        ("stages.tokens=null", "stages.tokens: give either"),
+        ("stages.total_tokens=1e6", "stages.tokens: give either"),
+        ("stages.tokens=100", "stages.tokens: a stage of 100 tokens is less than one step"),
+        ("recover.global_batch_tokens=10", "recover.global_batch_tokens: 10 is less than one sequence"),
+        ("linears.include=['(']", "linears.include: '(' is no regular expression"),
+        ("ranks.name=best", "ranks: there is no 'best'; choose one of uniform"),
+        ("engine.replicas=0", "engine: replicas is 0: it must be at least 1"),
+        ("tracking.wandb.mode=on", "tracking.wandb.mode: Input should be 'offline', 'online' or 'disabled'"),
+        ("factorizer=qr", "Could not find 'factorizer/qr'; Available options in 'factorizer': svd"),
+        ("parent=3", "group override must be a string"),
+        ("parent.path=???", "parent.path: this key has no value yet"),
+        ("parent.path=null", "parent.path: Input should be a valid string"),
+    ],
+)
+def test_a_mistake_gives_one_line_that_names_the_key(override, message):
+    with pytest.raises(UserError) as error:
+        configured(*TINY, override)
+    assert message in str(error.value) and "\n" not in str(error.value)
