@@ -5,9 +5,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from plrd_train.compose import compose
+from plrd_train.config import from_mapping
 from plrd_train.errors import UserError
 from plrd_train.pipeline import make_family
 from plrd_train.run import Run
@@ -15,31 +16,33 @@ from plrd_train.tracking import console
 from plrd_train.world import SharedError, World
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Make the families that the Hydra overrides `arguments` describe; the exit status is 0, or 2 for a user's mistake."""
+def main(arguments: Sequence[str]) -> None:
+    """Make the families that the Hydra overrides `arguments` describe; a user's mistake ends the process with status 2 after one line on standard error."""
     world = World.open()
     console.set_main(world.is_main)
     try:
-        for source in world.on_main(lambda: compose(arguments)):
+        for source in world.on_main(lambda: _composed(arguments)):
             _run(source, world)
-    except SharedError as error:
-        if world.is_main:
-            _say_error(error)
-        return 2
-    except (UserError, OSError) as error:  # met by this rank alone: the launcher ends the others, which wait for it
+    except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:
             raise
-        _say_error(error)
-        sys.stdout.flush()
-        os._exit(2)
+        # Met by this rank alone, or by all of them alike. The launcher ends ranks that wait for this one.
+        if world.is_main or not isinstance(error, SharedError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _end(2)
     except RuntimeError as error:
         if world.size == 1 or "Connection" not in str(error):
             raise
-        # Another rank has gone, and says why; this one only lost the connection to it. The launcher ends it.
-        time.sleep(10)
-        os._exit(1)
+        time.sleep(10)  # another rank has gone, and says why; this one only lost the connection to it, and the launcher ends it
+        _end(1)
     world.close()
-    return 0
+
+
+def _composed(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    jobs = compose(arguments)
+    for job in jobs:
+        from_mapping(job)  # for what it raises: all points of a sweep are checked before the first begins
+    return jobs
 
 
 def _run(source: dict[str, Any], world: World) -> None:
@@ -54,9 +57,11 @@ def _run(source: dict[str, Any], world: World) -> None:
     console.say(f"{family.folder / 'report' / 'family.png'}")
 
 
-def _say_error(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+def _end(status: int) -> NoReturn:
+    """Leave at once: an orderly exit would wait in the process group for ranks that are gone."""
+    sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -14,7 +14,6 @@ from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.embedded import write_corpus
 from plrd_train.data.loader import merge_positions
 from plrd_train.engine import Engine, open_engine
-from plrd_train.errors import UserError
 from plrd_train.evaluation.perplexity import perplexity
 from plrd_train.family import Family
 from plrd_train.hub.card import member_card
@@ -23,7 +22,7 @@ from plrd_train.hub.modeling_plrd import model_ranks
 from plrd_train.hub.models import HubArchitecture
 from plrd_train.hub.parents import load_config, load_tokenizer, open_parent
 from plrd_train.hub.weights import WeightReader, parent_dtype
-from plrd_train.lowrank.distributed import Decomposed
+from plrd_train.lowrank.distributed import Decomposed, DecompositionError
 from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.surgery import eligible_linears
 from plrd_train.recover.checkpoint import Checkpoints, Progress
@@ -34,7 +33,7 @@ from plrd_train.tracking import console
 from plrd_train.tracking.report import write_report
 from plrd_train.tracking.tracker import open_tracker
 from plrd_train.training import open_loader, train
-from plrd_train.world import World
+from plrd_train.world import SharedError, World
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Run:
         self.run_dir = run_dir = Path(config.run_dir)
         world.on_main(lambda: resolved.refuse_other(source, before, run_dir))
         if config.data.streams < world.size:
-            raise UserError(f"data.streams: {config.data.streams} streams cannot feed {world.size} ranks; give at least that many")
+            raise SharedError(f"data.streams: {config.data.streams} streams cannot feed {world.size} ranks; give at least that many")
         budgets = config.stages.budgets()
         self.stages = [Stage(i + 1, ratio, tokens) for i, (ratio, tokens) in enumerate(zip(config.stages.ratios, budgets, strict=True))]
 
@@ -76,7 +75,7 @@ class Run:
             train_parent(config, world, self.engine, self._train)
         self.parent = world.on_main(lambda: open_parent(config.parent.path, config.parent.revision or "main", config.parent.trust_remote_code))
         self.tokenizer = world.on_main(lambda: load_tokenizer(self.parent, config.parent.trust_remote_code))
-        self._parent_config = world.on_main(lambda: load_config(self.parent))
+        self._parent_config = load_config(self.parent)
         self._dtype = world.on_main(lambda: parent_dtype(self.parent))
         self._held_out: list[EvalDocument] = world.on_main(
             lambda: evaluation_documents(held_out, self.tokenizer, config.evaluation.context, config.evaluation.tokens, config.data.skip_bad)
@@ -127,7 +126,7 @@ class Run:
         linears = self.config.linears
         shapes = {name: Shape.of(linear) for name, linear in eligible_linears(self.engine.model, linears.include, linears.exclude)}
         if not shapes:
-            raise UserError(f"linears: no Linear of {self.config.parent.path} is left to factor; mend linears.include and linears.exclude")
+            raise SharedError(f"linears: no Linear of {self.config.parent.path} is left to factor; mend linears.include and linears.exclude")
         return shapes
 
     def params(self) -> int:
@@ -158,7 +157,10 @@ class Run:
                     },
                 )
 
-            yield on_done
+            try:
+                yield on_done
+            except DecompositionError as error:
+                raise SharedError(f"{self.config.parent.path}: {error}") from None
 
     def recover(self, stage: Stage) -> Recovered:
         """Train the trunk in the engine on the stage's budget."""

@@ -90,7 +90,7 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus) -
 
 def _tokenizer(scratch: Scratch, config: Config, folder: Path) -> PreTrainedTokenizerBase:
     if scratch.tokenizer is None:
-        train_tokenizer(Path(config.data.train), folder, scratch.vocab_size)
+        train_tokenizer(Path(config.data.train).parent, folder, scratch.vocab_size)
     else:
         try:
             AutoTokenizer.from_pretrained(scratch.tokenizer).save_pretrained(folder)

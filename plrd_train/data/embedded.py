@@ -33,6 +33,8 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 _BUILD_FILES = ("config-", "_sysconfigdata", "_sysconfig_vars")
 
 Pieces = dict[str, list[str]]  # domain -> documents
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Documented = ast.Module | _Definition
 
 
 def write_corpus(folder: Path, *, train_bytes: int = 6_000_000, validation_bytes: int = 300_000, shards: int = 8, seed: int = 0) -> None:
@@ -152,12 +154,12 @@ def _topics() -> Iterator[str]:
 def _docstrings(tree: ast.Module, module: str) -> Iterator[str]:
     """Yield "name(arguments)" and docstring of the module, its classes and its functions, in the order of the source."""
 
-    def visit(node: ast.AST, name: str) -> Iterator[str]:
+    def visit(node: _Documented, name: str) -> Iterator[str]:
         if doc := ast.get_docstring(node):
             arguments = f"({ast.unparse(node.args)})" if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else ""
             yield f"{name}{arguments}\n\n{doc}\n\n\n"
         for child in node.body:
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if isinstance(child, _Definition):
                 yield from visit(child, f"{name}.{child.name}")
 
     yield from visit(tree, module)
@@ -168,14 +170,15 @@ def _source_blocks(tree: ast.Module, text: str) -> Iterator[str]:
     lines = text.splitlines(keepends=True)
     starts = {0}
     for node in ast.walk(tree):
-        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        if not isinstance(node, _Documented):
             continue
         if ast.get_docstring(node, clean=False) is not None:
             doc = node.body[0]
-            lines[doc.lineno - 1 : doc.end_lineno] = [""] * (doc.end_lineno - doc.lineno + 1)
+            for i in range(doc.lineno - 1, doc.end_lineno or doc.lineno):
+                lines[i] = ""
         if isinstance(node, (ast.Module, ast.ClassDef)):
             for child in node.body:
-                if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                if isinstance(child, _Definition):
                     start = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)]) - 1
                     while start and lines[start - 1].lstrip().startswith("#"):  # a comment right above belongs to what it describes
                         start -= 1

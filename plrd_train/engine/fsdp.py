@@ -16,9 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from plrd_train.engine import AdamW, Architecture, Weights
-from plrd_train.errors import UserError
 from plrd_train.lowrank.distributed import Decomposed
-from plrd_train.world import World
+from plrd_train.world import SharedError, World
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class FSDP:
 
     def __init__(self, options: Options, world: World):
         if world.size % options.replicas:
-            raise UserError(f"engine.replicas={options.replicas} does not divide the {world.size} ranks: choose a divisor")
+            raise SharedError(f"engine.replicas={options.replicas} does not divide the {world.size} ranks: choose a divisor")
         self.options, self.world = options, world
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         shape = (options.replicas, world.size // options.replicas)
@@ -69,7 +68,7 @@ class FSDP:
         self.model = self._build(architecture)
         for name, parameter in self.model.named_parameters():
             if weights.shape(name) != parameter.shape:
-                raise UserError(
+                raise SharedError(
                     f"tensor {name} is {tuple(weights.shape(name))}, but config.json makes it {tuple(parameter.shape)}: they do not belong together"
                 )
             local = parameter.to_local()

@@ -1,0 +1,1 @@
+"""Hugging Face in and out: parents, members, and what lies in their folders."""

@@ -103,7 +103,8 @@ class PlrdConfig(PreTrainedConfig):
         architecture = str(config_dict.get("parent_model_type"))
         if architecture not in CONFIG_MAPPING:
             raise ValueError(f'config.json: this version of transformers knows no "parent_model_type": "{architecture}"')
-        return _config_class(CONFIG_MAPPING[architecture]).from_dict(config_dict, **kwargs)
+        parent: Any = CONFIG_MAPPING[architecture]
+        return _config_class(parent).from_dict(config_dict, **kwargs)
 
 
 def model_ranks(config: PreTrainedConfig) -> dict[str, int]:

@@ -6,12 +6,12 @@ On a terminal bars move; elsewhere (a log file, a pipe) plain lines come at most
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -45,14 +45,14 @@ def say(line: str) -> None:
 class Bar:
     """Progress of one piece of work."""
 
-    def __init__(self, bars: Progress, task: Any, plain: bool):
+    def __init__(self, bars: Progress, task: TaskID, plain: bool):
         self._bars, self._id, self._plain = bars, task, plain
         self._printed = time.monotonic()
 
     def update(self, n: float, **fields: float | str) -> None:
         """Count `n` more units as done, and show `fields` (a loss, a learning rate) from now on."""
         text = ", ".join(f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}" for name, value in fields.items())
-        self._bars.update(self._id, advance=n, **({"fields": text} if fields else {}))
+        self._bars.update(self._id, advance=n, fields=text or self._task.fields["fields"])
         task = self._task
         if self._plain and not task.finished and time.monotonic() - self._printed >= _LINE_SECONDS:
             self._print(task, f"{_duration(task.time_remaining)} left" if task.time_remaining else "")
@@ -76,7 +76,7 @@ class Bar:
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str, done: float = 0) -> Iterator[Bar]:
+def progress(description: str, total: float, unit: str, done: int = 0) -> Iterator[Bar]:
     """Show the progress of `total` units of work, of which `done` were finished before, while the block runs."""
     global _bars
     terminal = _main and _stream().isatty() and os.environ.get("TERM") != "dumb"
@@ -131,7 +131,7 @@ def _new_bars(disable: bool) -> Progress:
 class _Written(ProgressColumn):
     """A column that a function of the task writes."""
 
-    def __init__(self, write: Any):
+    def __init__(self, write: Callable[[Task], str]):
         super().__init__(Column(no_wrap=True))
         self._write = write
 

@@ -6,6 +6,7 @@ from itertools import groupby, pairwise
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -71,7 +72,7 @@ def family_figure(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]
         bottom.set(xticks=[], yticks=[])
         return figure
     if base:
-        times = bottom.secondary_yaxis("right", functions=(lambda ppl: ppl / base, lambda ratio: ratio * base))
+        times = bottom.secondary_yaxis("right", functions=(lambda ppl: np.divide(ppl, base), lambda ratio: np.multiply(ratio, base)))
         times.set_ylabel("times the parent's")
         times.spines["right"].set_visible(False)
         times.tick_params(color="#999999")
@@ -172,9 +173,9 @@ def _xy(points: Sequence[tuple]) -> tuple[list[float], list[float]]:
 
 def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Write each label beside its point, where it covers no other label or point, if possible no line either, and stays inside the axes."""
-    markers = [_box(*axes.transData.transform(point[:2]), 7) for point in points]
+    taken = [_box(x, y, 7) for x, y in axes.transData.transform([point[:2] for point in points])] if points else []
     strokes = [_box(x, y, 1) for line in axes.lines for x, y in _along(line)]
-    taken, inside = list(markers), axes.get_window_extent()
+    inside = axes.get_window_extent()
     for x, y, label in points:
         text = axes.annotate(label.replace("$", r"\$"), (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, linespacing=1.05, zorder=6)
         text.set_path_effects([patheffects.withStroke(linewidth=3, foreground="white")])

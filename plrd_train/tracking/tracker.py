@@ -142,7 +142,7 @@ class _WandbRun:
 
     def __init__(self, run_dir: Path, mode: WandbMode, project: str, name: str | None, config: Mapping[str, Any]):
         self._run_dir = run_dir
-        self._init = {"mode": mode, "project": project, "name": name, "config": dict(config)}
+        self._mode, self._project, self._name, self._config = mode, project, name, dict(config)
         self._run: Any = None
         self._failed = False
 
@@ -157,11 +157,10 @@ class _WandbRun:
     def finish(self, exit_code: int) -> None:
         if not self._run:
             return
-        folder = Path(self._run.settings.sync_dir)
-        self._guard(lambda: self._run.finish(exit_code=exit_code))
-        self._run = None
-        if self._init["mode"] == "offline":
-            console.say(f"W&B kept this run on disk; to send it: wandb sync {folder}")
+        run, self._run = self._run, None
+        self._guard(lambda: run.finish(exit_code=exit_code))
+        if self._mode == "offline" and not self._failed:
+            console.say(f"W&B kept this run on disk; to send it: wandb sync {run.settings.sync_dir}")
 
     def _guard(self, action: Callable[[], None]) -> None:
         if self._failed:
@@ -175,7 +174,7 @@ class _WandbRun:
 
     def _log(self, row: Row, earlier: Callable[[], list[Row]]) -> None:
         if self._run is None:
-            self._start()
+            self._run = self._start()
             known = self._run.summary.get("step", -1)  # what a resumed online run has; an offline one has nothing
             for old in earlier():
                 if old["step"] > known:
@@ -183,8 +182,8 @@ class _WandbRun:
             self._remove_older()
         self._run.log(row)
 
-    def _start(self) -> None:
-        mode = self._init["mode"]
+    def _start(self) -> Any:
+        mode = self._mode
         os.environ["WANDB_MODE"] = mode  # `tracking.wandb.mode` decides, not what the environment says
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B's own crash reports look up a host even when offline
         folder = self._run_dir / "wandb"
@@ -206,11 +205,21 @@ class _WandbRun:
             x_transaction_log_flush_interval=1.0,  # seconds of log that a kill may lose
             finish_timeout=_FINISH_TIMEOUT,
         )
-        self._run = wandb.init(dir=self._run_dir, id=self._run_id(), resume="allow", settings=settings, **self._init)
-        self._run.define_metric("tokens/total")
-        self._run.define_metric("*", step_metric="tokens/total")
+        run = wandb.init(
+            dir=self._run_dir,
+            id=self._run_id(),
+            resume="allow",
+            mode=mode,
+            project=self._project,
+            name=self._name,
+            config=self._config,
+            settings=settings,
+        )
+        run.define_metric("tokens/total")
+        run.define_metric("*", step_metric="tokens/total")
         if mode == "online":
-            console.say(f"W&B: {self._run.url}")
+            console.say(f"W&B: {run.url}")
+        return run
 
     def _run_id(self) -> str:
         """The id of this run_dir's W&B run, made at the first start."""
@@ -224,4 +233,4 @@ class _WandbRun:
         current = Path(self._run.settings.sync_dir).name
         for folder in (self._run_dir / "wandb").glob(f"offline-run-*-{self._run.id}"):
             if folder.name != current:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.tiny_parents import CONFIGS
 from safetensors.torch import load_file
+from tiny_parents import CONFIGS
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 

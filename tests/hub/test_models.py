@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from hub.tiny_parents import CONFIGS
 from safetensors.torch import load_file
+from tiny_parents import CONFIGS
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 

@@ -12,8 +12,8 @@ import pytest
 import sentencepiece
 import torch
 import transformers.dynamic_module_utils
-from hub.tiny_parents import CONFIGS, save_tokenizer
 from safetensors.torch import load_file
+from tiny_parents import CONFIGS, save_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from plrd_train.errors import UserError

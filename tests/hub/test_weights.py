@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.tiny_parents import save_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_parents import save_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from plrd_train.errors import UserError

@@ -1,0 +1,45 @@
+"""Read back what a W&B run wrote: a LevelDB log of protocol buffers, parsed here without W&B's own reader."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+_BLOCK, _HEADER, _FULL, _LAST = 32768, 7, 1, 4
+
+
+def records(path: Path) -> Iterator[Any]:
+    """Yield the Record messages of a .wandb file."""
+    data, position, message = path.read_bytes(), _HEADER, b""  # the file begins with a header of its own, as long as a chunk's
+    while position + _HEADER <= len(data):
+        room = _BLOCK - position % _BLOCK
+        if room < _HEADER:
+            position += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        if kind == 0:
+            return
+        message += data[position + _HEADER : position + _HEADER + length]
+        position += _HEADER + length
+        if kind in (_FULL, _LAST):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(message)
+            message = b""
+            yield record
+
+
+def runs(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """The rows that were logged, without W&B's own names."""
+    rows = []
+    for record in records(path):
+        if record.WhichOneof("record_type") == "history":
+            names = [(item.key or "/".join(item.nested_key), item.value_json) for item in record.history.item]
+            rows.append({name: json.loads(value) for name, value in names if not name.startswith("_")})
+    return rows
