@@ -116,7 +116,7 @@ class Ranks:
 @section
 class Recover:
     """One stage of fine-tuning. `branch` is the share of a stage's tokens in which a branch of the trunk is annealed to become the member;
-    at 0, trunk and member are one. `lr` null: 0.5 / hidden size."""
+    at 0, trunk and member are one. `lr` null: 0.2 / hidden size."""
 
     lr: Annotated[Rate, Field(gt=0.0)] | None
     schedule: Literal["constant", "linear", "cosine"]

@@ -38,7 +38,7 @@ class Family:
             content = json.loads(path.read_text())
             family.parent, family.members = dict(content["parent"]), list(content["members"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a family.json ({type(error).__name__}: {error}); restore it or remove it") from None
+            raise UserError(f"{path}: not a family.json ({type(error).__name__}: {error}); restore it, or use another run_dir") from None
         return family
 
     def has(self, name: str) -> bool:

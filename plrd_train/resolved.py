@@ -11,7 +11,8 @@ from plrd_train.errors import UserError
 from plrd_train.family import write_atomically
 
 # What may differ from run to run: names, tracking, and what follows the number of ranks. The stages are compared apart.
-_FREE = ("run_dir", "experiment", "recipe", "tracking.", "engine.replicas", "stages.")
+# data.skip_bad is how a run goes on that met a bad line: it changes nothing of what was read before.
+_FREE = ("run_dir", "experiment", "recipe", "tracking.", "engine.replicas", "stages.", "data.skip_bad")
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:
@@ -45,7 +46,10 @@ def refuse_other(source: Mapping[str, Any], before: Mapping[str, Any] | None, ru
         return
     old, new = dict(_flat(before)), dict(_flat(source))
     differ = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and not key.startswith(_FREE)]
-    stages_then, stages_now = _stages(from_mapping(before)), _stages(from_mapping(source))
+    try:
+        stages_then, stages_now = _stages(from_mapping(before)), _stages(from_mapping(source))
+    except UserError as error:
+        raise UserError(f"{run_dir / 'config.yaml'}: not a config of this version ({error}); restore it, or choose another run_dir") from None
     said = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in differ]
     if stages_now[: len(stages_then)] != stages_then:
         said.append(f"stages (ratios and tokens {stages_then} there, {stages_now} now)")

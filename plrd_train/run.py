@@ -75,7 +75,7 @@ class Run:
             train_parent(config, world, self.engine, self._train)
         self.parent = world.on_main(lambda: open_parent(config.parent.path, config.parent.revision or "main", config.parent.trust_remote_code))
         self.tokenizer = world.on_main(lambda: load_tokenizer(self.parent, config.parent.trust_remote_code))
-        self._parent_config = load_config(self.parent)
+        self._parent_config = world.on_all(lambda: load_config(self.parent))
         self._dtype = world.on_main(lambda: parent_dtype(self.parent))
         self._held_out: list[EvalDocument] = world.on_main(
             lambda: evaluation_documents(held_out, self.tokenizer, config.evaluation.context, config.evaluation.tokens, config.data.skip_bad)
@@ -87,7 +87,7 @@ class Run:
         self.family: Family = world.on_main(lambda: Family.read(run_dir, must_exist=False))
         self.checkpoints = Checkpoints(run_dir, self.engine)
         self.counters = Counters()
-        self._loader = open_loader(config, world, self._train, self.tokenizer)
+        self._loader = world.on_all(lambda: open_loader(config, world, self._train, self.tokenizer))
         self._tracker = open_tracker(config, world, run_dir, sum(budgets))
 
     # The trunk
@@ -97,6 +97,7 @@ class Run:
         publish."""
         progress = self.checkpoints.latest()
         if progress is None:
+            self.world.on_all(self._loader.check)
             progress = Progress(ranks=model_ranks(self._parent_config))
             self.engine.load(self.architecture(None), WeightReader(self.parent))
             self._tracker.rewind(0)
@@ -105,13 +106,18 @@ class Run:
                 self.family.parent = {"path": self.config.parent.path, "revision": self.parent.revision, "params": self.params(), "eval": evaluated}
                 self.world.on_main(self.family.write)
             return progress
+        if not self.family.parent:
+            raise SharedError(f"{self.run_dir / 'family.json'}: lost, though checkpoints/ holds this run; restore it, or use another run_dir")
         published = progress.entry is None or self.family.has(progress.entry["name"])
         load = self.checkpoints.load_trunk if published else self.checkpoints.load_member
         load(progress, self.architecture(progress.ranks))
         if progress.position is not None:
-            self._loader.seek(progress.position)
+            position = progress.position
+            self.world.on_all(lambda: self._loader.seek(position))
         self.counters = Counters(progress.steps, progress.tokens_total, 0, dict(progress.domain_tokens))
         self._tracker.rewind(progress.steps)
+        if published and self.world.is_main:
+            write_report(self.run_dir)  # the run may have been stopped just before it
         return progress
 
     def load_trunk(self, progress: Progress) -> None:
@@ -190,7 +196,10 @@ class Run:
         return measured.to_dict()
 
     def publish(self, entry: dict[str, Any], ranks: Mapping[str, int]) -> None:
-        """Write the model in the engine as the member of `entry`, and list it in family.json once its folder is whole."""
+        """Write the model in the engine as the member of `entry`, and list it in family.json once its folder is whole. A member that is listed
+        already, as when the run's checkpoints were lost, stays as it is."""
+        if self.family.has(entry["name"]):
+            return
         folder = self.family.member_folder(entry["name"])
         if not self.world.on_main(folder.exists):  # it does where a run was stopped between its publication and family.json
             tensors = self.engine.tensors()

@@ -66,17 +66,19 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus) -
     tokenizer = world.on_main(lambda: _tokenizer(scratch, config, tokenizer_folder))
     architecture = world.on_main(lambda: _architecture(scratch, tokenizer))
     engine.load(HubArchitecture(architecture), RandomWeights(architecture, config.seed))
-    loader = open_loader(config, world, corpus, tokenizer)
+    loader = world.on_all(lambda: open_loader(config, world, corpus, tokenizer))
     tracker = open_tracker(config, world, Path(config.run_dir) / "scratch", scratch.tokens)
     tracker.rewind(0)
     fields = {"stage/index": 0, "stage/ratio": 1.0}
     try:
-        train(
+        trained = train(
             config, engine, architecture, loader, Counters(), tracker, title="train the parent", tokens=scratch.tokens, peak=scratch.lr, fields=fields
         )
     finally:
         loader.close()
         tracker.close()
+    if trained.member is not None:
+        engine.restore(trained.member)
     tensors = engine.tensors()
     if world.is_main:
         params = sum(parameter.numel() for parameter in engine.model.parameters())
@@ -90,7 +92,7 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus) -
 
 def _tokenizer(scratch: Scratch, config: Config, folder: Path) -> PreTrainedTokenizerBase:
     if scratch.tokenizer is None:
-        train_tokenizer(Path(config.data.train).parent, folder, scratch.vocab_size)
+        train_tokenizer(Path(config.data.train), folder, scratch.vocab_size)
     else:
         try:
             AutoTokenizer.from_pretrained(scratch.tokenizer).save_pretrained(folder)

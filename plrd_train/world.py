@@ -58,6 +58,18 @@ class World:
             raise SharedError(box[1])
         return box[0]
 
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Run `work`, which is no collective, on every rank and return its own result; a UserError on any of them is raised on every rank."""
+        result, failure = None, None
+        try:
+            result = work()
+        except UserError as error:
+            failure = str(error)
+        for message in self.share(failure):
+            if message is not None:
+                raise SharedError(message)
+        return result  # type: ignore[return-value]
+
     def share(self, value: T) -> list[T]:
         """The (small, picklable) `value` of every rank, in rank order, on every rank."""
         values: list = [None] * self.size

@@ -4,13 +4,19 @@ import multiprocessing
 import os
 import pickle
 import socket
+import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers", "plrd_train.engine.fsdp", "plrd_train.hub.models"])
+_context.set_forkserver_preload(["torch", "transformers", "plrd_train.__main__", "plrd_train.engine.fsdp", "plrd_train.hub.models"])
 TIMEOUT_S = 240
+GRACE_S = 0.3  # from the end of the first rank that fails to that of the ranks which wait for it; launchers look about as often
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -18,13 +24,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
     `function` is a module-level one. The first exception of a rank is raised here with that rank's traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     pipes, processes = [], []
-    for rank in range(world_size):
+    for environment in _environments(world_size):
         ours, theirs = _context.Pipe(duplex=False)
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         process = _context.Process(target=_child, args=(theirs, environment, pickle.dumps((function, arguments))), daemon=True)
         process.start()
         theirs.close()
@@ -46,13 +48,66 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     return results
 
 
-def _child(pipe: Any, environment: dict[str, Any], payload: bytes) -> None:
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended: the exit status of the rank that failed first (0: none failed; -9: killed), and what all ranks wrote, in rank order."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_job(world_size: int, arguments: Sequence[str], prepare: Callable[..., None] | None = None, *prepared: Any) -> Ended:
+    """The main job, `plrd_train.__main__.main(arguments)`, on `world_size` ranks, one thread each; when one fails the rest are killed.
+
+    `prepare(rank, *prepared)`, a module-level function, runs on each rank first: to break something in that process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for environment in _environments(world_size):
+            payload = pickle.dumps((list(arguments), prepare, prepared))
+            process = _context.Process(target=_job, args=(environment, f"{folder}/{environment['RANK']}", payload), daemon=True)
+            process.start()
+            processes.append(process)
+        try:
+            status, end = 0, time.monotonic() + TIMEOUT_S
+            while running := [process for process in processes if process.exitcode is None]:
+                wait([process.sentinel for process in running], max(0, end - time.monotonic()))
+                failed = [process.exitcode for process in processes if process.exitcode]
+                if failed and not status:
+                    status, end = failed[0], time.monotonic() + GRACE_S
+                elif time.monotonic() >= end:
+                    break
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        written = {name: "".join(Path(f"{folder}/{rank}.{name}").read_text() for rank in range(world_size)) for name in ("out", "err")}
+    if not status and running:
+        raise TimeoutError(f"{arguments} did not end within {TIMEOUT_S} s:\n{written['out']}\n{written['err']}")
+    return Ended(status, written["out"], written["err"])
+
+
+def _environments(world_size: int) -> list[dict[str, Any]]:
+    """What a launcher sets for each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": rank, "LOCAL_RANK": rank, **place} for rank in range(world_size)]
+
+
+def _enter(environment: dict[str, Any]) -> None:
     os.environ.update({key: str(value) for key, value in environment.items()})
     import torch
 
+    torch.set_num_threads(1)
+
+
+def _child(pipe: Any, environment: dict[str, Any], payload: bytes) -> None:
+    _enter(environment)
     from plrd_train.world import World
 
-    torch.set_num_threads(1)
     try:
         world = World.open()
         function, arguments = pickle.loads(payload)  # by plain pickle: tensors travel as bytes, not as shared memory that ends with this process
@@ -61,3 +116,15 @@ def _child(pipe: Any, environment: dict[str, Any], payload: bytes) -> None:
     except BaseException:
         answer = (True, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(answer))
+
+
+def _job(environment: dict[str, Any], log: str, payload: bytes) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    _enter(environment)
+    from plrd_train.__main__ import main
+
+    arguments, prepare, prepared = pickle.loads(payload)
+    if prepare is not None:
+        prepare(environment["RANK"], *prepared)
+    main(arguments)

@@ -22,6 +22,8 @@ from pathlib import Path
 import sentencepiece
 import zstandard
 
+from plrd_train.data.corpus import Corpus, resolve_corpus
+from plrd_train.data.documents import read_documents
 from plrd_train.errors import UserError
 
 DOCS, SOURCE = "PythonDocs", "PythonSource"
@@ -61,31 +63,37 @@ def train_tokenizer(corpus_folder: Path, out: Path, vocab_size: int = 1024) -> N
     """Train a BPE tokenizer with Llama's settings on a sample of the train shards of `corpus_folder`; `out` then loads with AutoTokenizer.
 
     `out` holds tokenizer.model (unknown 0, BOS 1, EOS 2, no padding, byte fallback; unlike Llama's, no space is put before a text) and
-    tokenizer_config.json, and appears at once when complete; nothing is done where it exists.
+    tokenizer_config.json, and appears at once when complete; nothing is done where it exists. The same corpus gives the same bytes.
+    Raises UserError where `corpus_folder` has no readable train shards, or too little text for `vocab_size` pieces.
     """
     if (out / "tokenizer.model").is_file():
         return
+    sample = list(_sample(resolve_corpus(str(corpus_folder), "train"), TOKENIZER_SAMPLE_BYTES))
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_sample(corpus_folder, TOKENIZER_SAMPLE_BYTES),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,  # sentencepiece and transformers disagree on that prefix where a text begins with a space, as source often does
-        normalization_rule_name="identity",
-        character_coverage=0.9999,
-        max_sentence_length=4 * MAX_CHARS,  # bytes: whole documents, so that line ends become part of pieces
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,  # sentencepiece and transformers disagree on it where a text begins with a space, as source often does
+            normalization_rule_name="identity",
+            character_coverage=0.9999,
+            max_sentence_length=4 * MAX_CHARS,  # bytes: whole documents, so that line ends become part of pieces
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:  # sentencepiece's own, a line of its source before the reason
+        reason = " ".join(str(error).split()).rpartition("] ")[2]
+        raise UserError(f"parent.scratch.vocab_size: no tokenizer of {vocab_size} pieces comes out of {corpus_folder} ({reason})") from None
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
@@ -236,14 +244,11 @@ def _write_split(folder: Path, stem: str, pieces: Pieces, shards: int, seed: int
                 file.write(json.dumps({"text": text, "meta": {"redpajama_set_name": domain}}, ensure_ascii=False) + "\n")
 
 
-def _sample(corpus_folder: Path, budget: int) -> Iterator[str]:
-    """Yield train documents, the first ones of each shard alike, of up to `budget` bytes in all."""
-    paths = sorted((corpus_folder / "train").glob("chunk*/*.jsonl.zst"))
-    if not paths:
-        raise UserError(f"{corpus_folder}/train: holds no chunk*/*.jsonl.zst to train a tokenizer on")
-    for path in paths:
-        with zstandard.open(path, "rt", encoding="utf-8") as file:
-            yield from _until((json.loads(line)["text"] for line in file), budget // len(paths))
+def _sample(corpus: Corpus, budget: int) -> Iterator[str]:
+    """Yield documents in pieces of at most MAX_CHARS, the first ones of each shard alike, of up to `budget` bytes in all."""
+    for shard in corpus.shards:
+        for text in _until((document.text for document in read_documents(shard)), budget // len(corpus.shards)):
+            yield from (text[i : i + MAX_CHARS] for i in range(0, len(text), MAX_CHARS))
 
 
 @contextmanager

@@ -112,6 +112,12 @@ class Loader:
         rows = np.stack([one.tokens for one in packed]) if packed else np.empty((0, self._seq_len), dtype=np.int64)
         return Batch(torch.from_numpy(rows), dict(domains), first)
 
+    def check(self) -> None:
+        """Read this rank's next sequence ahead. Raises UserError on bad input."""
+        if not self._ahead:
+            self._ahead.append(self._reader.submit(self._readers[next(self._own) % self._streams].take, self._seq_len))
+        self._ahead[0].result()
+
     def share(self, first: int, sequences: int, rank: int) -> int:
         """How many of the global sequences [first, first + sequences) rank `rank` gets. Plain arithmetic, the same on every rank."""
 
@@ -131,10 +137,10 @@ class Loader:
         Opens nothing; the next `next` opens the units at the cursors, and none before them is read again. Raises UserError where the position was
         saved with another corpus, seed or number of streams.
         """
-        for name, here in self._identity.items():
-            if position[name] != here:
+        for name, key in (("corpus", "data.train"), ("seed", "seed"), ("streams", "data.streams")):
+            if position[name] != self._identity[name]:
                 raise UserError(
-                    f"the saved data position was made with {name} {position[name]}, not {here}; put data.{name} back or use another run_dir"
+                    f"{key}: the run was begun with {name} {position[name]}, not {self._identity[name]}; put it back, or use another run_dir"
                 )
         self._start(position["sequence"], {stream: Cursor(*position["cursors"][str(stream)]) for stream in self._cursors})
 

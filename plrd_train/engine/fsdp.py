@@ -10,12 +10,14 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from plrd_train.engine import AdamW, Architecture, Weights
+from plrd_train.errors import UserError
 from plrd_train.lowrank.distributed import Decomposed
 from plrd_train.world import SharedError, World
 
@@ -45,6 +47,18 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+@contextmanager
+def _shared_failures(folder: Path) -> Iterator[None]:
+    """A file of a checkpoint that some rank cannot write or read, as a SharedError that names the folder."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        if not isinstance(first, OSError | SafetensorError):
+            raise
+        raise SharedError(f"{folder}: this checkpoint cannot be written or read ({str(first).splitlines()[0]})") from None
+
+
 class FSDP:
     """The protocol `plrd_train.engine.Engine` over FSDP2. Parameters and optimizer states are float32 shards; the matrix products run in `dtype`."""
 
@@ -66,9 +80,12 @@ class FSDP:
     def load(self, architecture: Architecture, weights: Weights) -> None:
         self._optimizer = None
         self.model = self._build(architecture)
+        self.world.on_all(lambda: self._fill(weights))
+
+    def _fill(self, weights: Weights) -> None:
         for name, parameter in self.model.named_parameters():
             if weights.shape(name) != parameter.shape:
-                raise SharedError(
+                raise UserError(
                     f"tensor {name} is {tuple(weights.shape(name))}, but config.json makes it {tuple(parameter.shape)}: they do not belong together"
                 )
             local = parameter.to_local()
@@ -215,9 +232,11 @@ class FSDP:
 
     def save(self, folder: Path) -> None:
         # The Hugging Face writer stores safetensors and no pickle.
-        dcp.save(self._state(), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        with _shared_failures(folder):
+            dcp.save(self._state(), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
     def load_saved(self, architecture: Architecture, folder: Path) -> None:
         self._optimizer = None
         self.model = self._build(architecture)
-        dcp.load(self._state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        with _shared_failures(folder):
+            dcp.load(self._state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))

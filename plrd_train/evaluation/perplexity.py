@@ -1,14 +1,32 @@
 """Held-out perplexity, by a definition that depends on no sequence length, engine or number of ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from plrd_train.data.documents import EvalDocument
-from plrd_train.engine import Engine
+
+
+class OnRanks(Protocol):
+    """A causal LM of transformers over one or many ranks: every engine, and `plrd_train.evaluation.published.Published`."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def share(self, value: object) -> list:
+        """The small picklable `value` of every rank, in rank order, on every rank. A collective."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,10 +56,11 @@ def exp(loss: float) -> float:
 
 
 @torch.no_grad()
-def perplexity(engine: Engine, documents: Sequence[EvalDocument], batch: int) -> Perplexity:
+def perplexity(engine: OnRanks, documents: Sequence[EvalDocument], batch: int, on_tokens: Callable[[int], None] | None = None) -> Perplexity:
     """exp(sum of nll / predicted tokens) over `documents` one by one, no packing, on the engine's weights as they are. A collective.
 
-    `batch` documents of about the same length go through the model at once, padded on the right, where causal attention does not look.
+    `batch` documents of about the same length go through the model at once, padded on the right, where causal attention does not look. `on_tokens`
+    is told, batch by batch, how many tokens this rank has predicted.
     """
     engine.model.eval()
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
@@ -61,6 +80,8 @@ def perplexity(engine: Engine, documents: Sequence[EvalDocument], batch: int) ->
             domain = sums.setdefault(document.domain, [0.0, 0.0])
             domain[0] += nll[row, : len(document.ids) - 1].double().sum().item()
             domain[1] += len(document.ids) - 1
+        if on_tokens is not None:
+            on_tokens(sum(len(document.ids) - 1 for document in chosen))
     total: dict[str, tuple[float, int]] = {}
     for part in engine.share(sums):
         for name, (nll_sum, tokens) in part.items():

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -115,7 +117,14 @@ class _ShardWriter:
             (self._folder / self._index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _flush(self) -> None:
-        save_file(self._shard, self._draft(len(self._written)), metadata={"format": "pt"})
+        path = self._draft(len(self._written))
+        try:
+            save_file(self._shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if not (number := re.search(r"os error (\d+)", str(error))):
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(path)) from None
         self._written.append(list(self._shard))
         self._shard.clear()
         self._shard_bytes = 0

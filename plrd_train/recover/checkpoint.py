@@ -49,11 +49,18 @@ class Checkpoints:
             return None
         path = self._of(done[-1]) / "progress.json"
         try:
-            return Progress(**json.loads(path.read_text()))
+            progress = Progress(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{path}: this checkpoint cannot be read ({error}); remove its folder to go on from the one before, or from the start"
+                f"{path}: this checkpoint cannot be read ({error}); restore it, or remove its folder to begin again (members that are there stay)"
             ) from None
+        self._keep_only(path.parent)  # a run may have been stopped before it removed the others
+        return progress
+
+    def _keep_only(self, kept: Path) -> None:
+        for folder in self._folder.glob("stage-*"):
+            if folder != kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def save(self, progress: Progress, member: Mapping[str, Tensor] | None = None) -> None:
         """Store the engine's model as the trunk after `progress.stages` stages; a `member` that is not the trunk (a snapshot of it) is stored
@@ -79,9 +86,7 @@ class Checkpoints:
             os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        for old in self._folder.glob("stage-*"):
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
+        self._keep_only(final)
 
     def load_trunk(self, progress: Progress, architecture: Architecture) -> None:
         """Put the trunk into the engine. A collective."""

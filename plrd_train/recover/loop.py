@@ -93,8 +93,10 @@ class Trainer:
         counters.tokens_stage += self.step_tokens
         counters.tokens_total += self.step_tokens
         loss = 0.0
-        for share, domains in engine.share((nll.item(), batch.domain_tokens)):
+        epoch = 0
+        for share, domains, begun in engine.share((nll.item(), batch.domain_tokens, self.loader.epoch)):
             loss += share / (self.sequences * (self.seq_len - 1))
+            epoch = max(epoch, begun)
             for domain, tokens in domains.items():
                 counters.domain_tokens[domain] = counters.domain_tokens.get(domain, 0) + tokens
         self.on_step(
@@ -104,7 +106,7 @@ class Trainer:
                 "train/grad_norm": norm.item(),
                 "tokens/stage": counters.tokens_stage,
                 "tokens/total": counters.tokens_total,
-                "data/epoch": self.loader.epoch,
+                "data/epoch": epoch,
                 **self.perf.of(self.step_tokens, time.perf_counter() - start),
                 **{f"data/{domain}_tokens": tokens for domain, tokens in sorted(counters.domain_tokens.items())},
             }

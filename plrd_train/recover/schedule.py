@@ -6,7 +6,7 @@ from plrd_train.config import Recover
 
 # Learning rate times hidden size. Fitted on the small parents of docs/recipes.md; that it carries over as 1 / width (as in maximal update
 # parametrization, arXiv 2203.03466) is untested at 7B.
-RATE_TIMES_WIDTH = 0.5
+RATE_TIMES_WIDTH = 0.2
 
 
 def peak_rate(settings: Recover, hidden_size: int) -> float:
@@ -27,5 +27,5 @@ def rate(step: int, steps: int, peak: float, settings: Recover) -> float:
 
 
 def anneal(step: int, steps: int, start: float) -> float:
-    """The learning rate of a branch: from `start`, where the trunk was, down to zero by a line."""
-    return start * (1 - (step + 1) / steps) if steps > 1 else start
+    """The learning rate of a branch: from `start`, where the trunk was, by a line to the zero that would follow its last step."""
+    return start * (steps - step) / (steps + 1)

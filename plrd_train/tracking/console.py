@@ -76,8 +76,8 @@ class Bar:
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str, done: int = 0) -> Iterator[Bar]:
-    """Show the progress of `total` units of work, of which `done` were finished before, while the block runs."""
+def progress(description: str, total: float, unit: str) -> Iterator[Bar]:
+    """Show the progress of `total` units of work while the block runs; bars may stand inside each other."""
     global _bars
     terminal = _main and _stream().isatty() and os.environ.get("TERM") != "dumb"
     outermost = _bars is None
@@ -85,7 +85,7 @@ def progress(description: str, total: float, unit: str, done: int = 0) -> Iterat
     if terminal and outermost:
         bars.start()
         _bars = bars
-    task = bars.add_task(description, total=total, completed=done, unit=unit, fields="")
+    task = bars.add_task(description, total=total, unit=unit, fields="")
     bar = Bar(bars, task, plain=not terminal)
     try:
         yield bar

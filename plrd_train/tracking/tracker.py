@@ -1,6 +1,7 @@
 """Metrics by name, one row for each optimizer step: metrics.jsonl, which is the record, and Weights & Biases, which may fail without harm."""
 
 import dataclasses
+import math
 import os
 import shutil
 import uuid
@@ -175,7 +176,7 @@ class _WandbRun:
     def _log(self, row: Row, earlier: Callable[[], list[Row]]) -> None:
         if self._run is None:
             self._run = self._start()
-            known = self._run.summary.get("step", -1)  # what a resumed online run has; an offline one has nothing
+            known = self._run.summary.get("step", -math.inf)  # what a resumed online run has; an offline one has nothing
             for old in earlier():
                 if old["step"] > known:
                     self._run.log(old)
@@ -191,7 +192,7 @@ class _WandbRun:
         os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "cache").absolute()))
         import wandb  # here, because it takes a second or two and reads the environment
 
-        if mode == "online" and not wandb.login(prompt=False):
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("no API key: set WANDB_API_KEY or run wandb login")
         settings = wandb.Settings(
             silent=True,
@@ -231,6 +232,6 @@ class _WandbRun:
     def _remove_older(self) -> None:
         """Remove the local logs of offline runs that the present one repeats from the beginning."""
         current = Path(self._run.settings.sync_dir).name
-        for folder in (self._run_dir / "wandb").glob(f"offline-run-*-{self._run.id}"):
+        for folder in (self._run_dir / "wandb").glob(f"offline-run-*-{self._run.id}*"):
             if folder.name != current:
                 shutil.rmtree(folder, ignore_errors=True)

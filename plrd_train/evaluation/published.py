@@ -1,0 +1,62 @@
+"""A published model, whole on this one process, as anyone would load it: a member, or a parent."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from plrd_train.errors import UserError
+from plrd_train.hub.parents import Parent, load_tokenizer, open_parent
+
+
+@dataclass(frozen=True)
+class Published:
+    """`model` in evaluation mode on `device`, and its own tokenizer; `perplexity` takes it for an engine of a single rank."""
+
+    path: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the model reads at once, None where its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def share(self, value: object) -> list:
+        return [value]
+
+
+def find_published(path: str, revision: str = "main", *, trust_remote_code: bool = False) -> Parent:
+    """The files of the member or parent at `path`, a folder or a hub id at `revision`, checked as `open_parent` does it. Raises UserError."""
+    try:
+        return open_parent(path, revision, trust_remote_code)
+    except UserError as error:  # a member was not given as a parent
+        raise UserError(str(error).removeprefix("parent ")) from None
+
+
+def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto", *, trust_remote_code: bool = False) -> Published:
+    """Load a model with transformers, on the GPU where there is one.
+
+    `dtype` is what it computes in; "auto" is the dtype of its weights. Remote code is run for a tokenizer alone. Raises UserError where the weights
+    are not whole or do not fit, and where the tokenizer does not load.
+    """
+    try:
+        tokenizer = load_tokenizer(files, trust_remote_code)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("parent ")) from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        model, info = loaded
+        model.to(device)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{files.path}: does not load ({' '.join(str(error).split())})") from error
+    if info["missing_keys"]:  # transformers has made them up
+        raise UserError(f"{files.path}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}; fetch or publish it again")
+    return Published(files.path, model, tokenizer, device)

@@ -1,0 +1,35 @@
+"""Ways to break a rank of a job in the middle, for `processes.run_job`."""
+
+import importlib
+import os
+import resource
+import signal
+from collections.abc import Callable
+from typing import Any
+
+
+def _replace(where: str, call: int, instead: Callable[[], Any]) -> None:
+    """Let `instead` happen at the `call`-th call, from 0, of the function `where`, "module:name" or "module:Class.name"."""
+    module, _, path = where.partition(":")
+    owner_name, _, name = path.rpartition(".")
+    owner = importlib.import_module(module)
+    owner = getattr(owner, owner_name) if owner_name else owner
+    whole, calls = getattr(owner, name), iter(range(call + 1))
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        if next(calls, None) == call:
+            instead()
+        return whole(*arguments, **named)
+
+    setattr(owner, name, broken)
+
+
+def kill_before(rank: int, where: str, call: int) -> None:
+    """Rank 0 is killed, as by `kill -9`, in place of that call."""
+    if rank == 0:
+        _replace(where, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def limit_files(rank: int, size: int) -> None:
+    """No file of this process may become larger than `size` bytes: writing on fails as it does on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -1,0 +1,177 @@
+"""The same command continues a run that was killed, wherever that was, and ends as if nothing had happened."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from faults import kill_before
+from processes import run_job
+from safetensors.torch import load_file
+
+STEPS = 6  # a stage
+SHORT = f"stages.tokens={STEPS * 128}"
+BRANCH = "recover.branch=0.34"  # two steps of the six
+
+
+def records(run_dir: Path) -> tuple[dict, list[dict], list[dict]]:
+    """family.json, metrics.jsonl and events.jsonl without what is measured by the clock."""
+    family = json.loads((run_dir / "family.json").read_text())
+    family["members"] = [{**member, "seconds": sorted(member["seconds"])} for member in family["members"]]
+    metrics, events = ([json.loads(line) for line in (run_dir / name).read_text().splitlines()] for name in ("metrics.jsonl", "events.jsonl"))
+    timed = ("perf/tokens_per_s", "perf/memory_gib", "factor/seconds")
+    return family, *([{name: value for name, value in row.items() if name not in timed} for row in rows] for rows in (metrics, events))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def same_members(one: Path, other: Path) -> bool:
+    """Bit by bit; the cards name their run_dirs, and differ."""
+    left, right = files(one / "members"), files(other / "members")
+    return left.keys() == right.keys() and all(right[name] == content for name, content in left.items() if not name.endswith("README.md"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    """undisturbed(*overrides) -> the run_dir of such a run on two ranks, never killed; made once."""
+    made = {}
+
+    def make(*overrides: str) -> Path:
+        if overrides not in made:
+            made[overrides] = tmp_path_factory.mktemp("undisturbed") / "run"
+            finish(2, command(made[overrides], SHORT, *overrides))
+        return made[overrides]
+
+    return make
+
+
+def finish(ranks: int, arguments: list[str]) -> str:
+    """Run to the end without a complaint; what was said on standard output."""
+    ended = run_job(ranks, arguments)
+    assert (ended.status, ended.err) == (0, "")
+    return ended.out
+
+
+@pytest.fixture(scope="module")
+def killed_in_stage_2(command, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("killed") / "run"
+    assert run_job(2, command(run_dir, SHORT), kill_before, "plrd_train.tracking.tracker:Tracker.log", STEPS + 3).status == -9
+    assert len(records(run_dir)[1]) == STEPS + 3
+    return run_dir
+
+
+def test_a_run_killed_in_mid_training_ends_as_if_it_had_not_been(command, undisturbed, killed_in_stage_2, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(killed_in_stage_2, run_dir)
+    finish(2, command(run_dir, SHORT))
+    assert same_members(run_dir, undisturbed())
+    assert records(run_dir) == records(undisturbed())
+    assert [row["step"] for row in records(run_dir)[1]] == list(range(2 * STEPS))
+
+
+def test_a_killed_run_goes_on_on_another_number_of_ranks(command, undisturbed, killed_in_stage_2, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(killed_in_stage_2, run_dir)
+    finish(3, command(run_dir, SHORT))
+    (family, found, _), (_, wanted, _) = records(run_dir), records(undisturbed())
+    assert [row["train/loss"] for row in found] == pytest.approx([row["train/loss"] for row in wanted], abs=1e-4)
+    assert [member["world_size"] for member in family["members"]] == [2, 3]
+
+
+# One after the other in one run_dir: where the run is killed, and the members that family.json lists then.
+KILLS = [
+    ("plrd_train.family:Family.write", 0, None),
+    ("plrd_train.tracking.tracker:Tracker.log", STEPS // 2, []),
+    ("plrd_train.recover.checkpoint:Checkpoints._make_visible", 0, []),
+    ("plrd_train.run:write_member", 0, []),
+    ("plrd_train.tracking.tracker:Tracker.log", STEPS - 1, ["1.25x"]),  # in the branch
+    ("plrd_train.recover.checkpoint:shutil.rmtree", 2, ["1.25x"]),  # the new checkpoint is there, the old one still too
+    ("plrd_train.hub.members:_ShardWriter.close", 0, ["1.25x"]),
+    ("plrd_train.family:Family.write", 0, ["1.25x"]),
+    ("plrd_train.run:write_report", 0, ["1.25x", "1.6x"]),
+]
+
+
+@pytest.fixture(scope="module")
+def survivor(command, tmp_path_factory) -> Path:
+    """The run_dir of a run of two ratios, with branches, that went on after it was killed at each point of KILLS."""
+    run_dir = tmp_path_factory.mktemp("survivor") / "run"
+    for where, call, listed in KILLS:
+        assert run_job(2, command(run_dir, SHORT, BRANCH), kill_before, where, call).status == -9, where
+        members = {path.name for path in run_dir.glob("members/[!.]*")}
+        if listed is None:
+            assert not (run_dir / "family.json").exists() and not members
+        else:
+            assert [member["name"] for member in records(run_dir)[0]["members"]] == listed and members >= set(listed), where
+        if "rmtree" in where:
+            assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"stage-1", "stage-2"}
+    finish(2, command(run_dir, SHORT, BRANCH))
+    return run_dir
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(survivor, undisturbed):
+    expected = undisturbed(BRANCH)
+    assert same_members(survivor, expected)
+    for found, wanted in zip(records(survivor), records(expected), strict=True):
+        assert found == wanted
+    assert files(survivor).keys() == files(expected).keys()  # no leftovers
+    assert "1.6x" in (survivor / "report" / "report.html").read_text()
+
+
+def test_a_second_start_of_a_finished_run_changes_nothing(command, survivor, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(survivor, run_dir)
+    written = {path: path.stat().st_mtime_ns for path in (run_dir / "members").rglob("*")}
+    before = files(run_dir)
+    (run_dir / "members" / ".2x.part").mkdir()  # what a killed run may have left
+    (run_dir / "checkpoints" / "stage-3.tmp").mkdir()
+    assert "recover at" not in finish(2, command(run_dir, SHORT, BRANCH))
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    after = files(run_dir)
+    for name in ("config.yaml", "report/report.html"):  # the one names run_dir, the other shows it
+        del before[name], after[name]
+    assert after == before
+
+
+def test_one_more_ratio_adds_its_member_and_touches_no_other(command, undisturbed, survivor):
+    three = "stages.ratios=[1.25,1.6,2]"
+    written = {path: path.stat().st_mtime_ns for path in (survivor / "members").rglob("*") if path.is_file()}
+    members, (family, metrics, _) = files(survivor / "members"), records(survivor)
+    finish(2, command(survivor, SHORT, BRANCH, three))
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert {name: content for name, content in files(survivor / "members").items() if not name.startswith("2x/")} == members
+    extended, more, _ = records(survivor)
+    assert extended["members"][:2] == family["members"] and extended["parent"] == family["parent"]
+    assert [member["name"] for member in extended["members"][2:]] == ["2x"] and more[: len(metrics)] == metrics
+    # It is the member that a run with three ratios from the start would have made.
+    at_once = undisturbed(BRANCH, three)
+    assert same_members(survivor, at_once) and records(at_once)[0] == extended
+
+
+def test_the_member_of_a_branch_is_annealed_and_the_trunk_goes_on(command, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    finish(1, command(run_dir, SHORT, BRANCH, "stages.ratios=[1.25]", "recover.schedule=constant"))
+    trunk, member = (load_file(next((run_dir / "checkpoints" / "stage-1" / name).glob("*.safetensors"))) for name in ("trunk", "member"))
+    published = load_file(run_dir / "members" / "1.25x" / "model.plrd.safetensors")
+    assert published.keys() == member.keys() and all((published[name] == tensor).all() for name, tensor in member.items())
+    assert any((trunk[name] != tensor).any() for name, tensor in member.items())
+    rates = [row["train/lr"] for row in records(run_dir)[1]]
+    assert rates[1] == rates[3] > rates[4] > rates[5] > 0  # the trunk's rate stays, the branch's falls, and no step is wasted at zero
+
+    finish(1, command(run_dir, SHORT, BRANCH, "recover.schedule=constant"))
+    family, metrics, events = records(run_dir)
+    linear = "model.layers.0.mlp.up_proj"
+    (error,) = (row["factor/rel_error"] for row in events if row.get("linear") == linear and row["stage/index"] == 2)
+    rank = family["members"][1]["ranks"][linear]
+
+    def lost(weights: dict) -> float:
+        values = (weights[f"{linear}.up.weight"].double() @ weights[f"{linear}.down.weight"].double()).svd().S
+        return (values[rank:].norm() / values.norm()).item()
+
+    assert error == pytest.approx(lost(trunk), rel=1e-4) and error != pytest.approx(lost(member), rel=1e-3)
+    spent, trunk_only = STEPS * 128, (STEPS - 2) * 128
+    counted = [[member[f"tokens_{which}"] for which in ("stage", "total", "lineage")] for member in family["members"]]
+    assert counted == [[spent, spent, spent], [spent, 2 * spent, trunk_only + spent]]
+    assert [row["tokens/total"] for row in metrics] == [128 * (i + 1) for i in range(2 * STEPS)]
