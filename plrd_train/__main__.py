@@ -15,17 +15,24 @@ from plrd_train.run import Run
 from plrd_train.tracking import console
 from plrd_train.world import SharedError, World
 
+# What the system answers where it lets nobody write (or read): no room, no permission, a file where a folder should be.
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
 
 def main(arguments: Sequence[str]) -> None:
-    """Make the families that the Hydra overrides `arguments` describe; a user's mistake ends the process with status 2 after one line on standard error."""
+    """Make the families that the Hydra overrides `arguments` describe. A user's mistake ends the process: status 2, one line on standard error."""
     world = World.open()
     console.set_main(world.is_main)
     try:
         for source in world.on_main(lambda: _composed(arguments)):
-            _run(source, world)
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
-            raise
+            try:
+                _run(source, world)
+            except OSError as error:
+                if error.errno not in _REFUSALS:
+                    raise
+                place = error.filename or source["run_dir"]
+                raise UserError(f"{place}: {error.strerror}; mend that, and the same command goes on from where it was stopped") from None
+    except UserError as error:
         # Met by this rank alone, or by all of them alike. The launcher ends ranks that wait for this one.
         if world.is_main or not isinstance(error, SharedError):
             print(f"error: {error}", file=sys.stderr, flush=True)

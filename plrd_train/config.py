@@ -116,7 +116,7 @@ class Ranks:
 @section
 class Recover:
     """One stage of fine-tuning. `branch` is the share of a stage's tokens in which a branch of the trunk is annealed to become the member;
-    at 0, trunk and member are one. `lr` null: 0.2 / hidden size."""
+    at 0, trunk and member are one. `lr` null: 0.1 / hidden size."""
 
     lr: Annotated[Rate, Field(gt=0.0)] | None
     schedule: Literal["constant", "linear", "cosine"]
@@ -271,6 +271,11 @@ def _check_together(config: Config) -> None:
             raise UserError(
                 f"stages.tokens: a stage of {budget} tokens is less than one step (recover.global_batch_tokens={config.recover.global_batch_tokens})"
             )
+    if config.parent.scratch is not None and config.parent.scratch.tokens < config.recover.global_batch_tokens:
+        raise UserError(
+            f"parent.scratch.tokens: {config.parent.scratch.tokens} tokens are less than one step "
+            f"(recover.global_batch_tokens={config.recover.global_batch_tokens})"
+        )
     for key in ("include", "exclude"):
         for pattern in getattr(config.linears, key):
             try:

@@ -12,7 +12,8 @@ from plrd_train.family import write_atomically
 
 # What may differ from run to run: names, tracking, and what follows the number of ranks. The stages are compared apart.
 # data.skip_bad is how a run goes on that met a bad line: it changes nothing of what was read before.
-_FREE = ("run_dir", "experiment", "recipe", "tracking.", "engine.replicas", "stages.", "data.skip_bad")
+# Revisions may be asked for by a branch or tag: they are compared as commits, by `refuse_moved`.
+_FREE = ("run_dir", "experiment", "recipe", "tracking.", "engine.replicas", "stages.", "data.skip_bad", "parent.revision", "data.revision")
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:
@@ -55,6 +56,14 @@ def refuse_other(source: Mapping[str, Any], before: Mapping[str, Any] | None, ru
         said.append(f"stages (ratios and tokens {stages_then} there, {stages_now} now)")
     if said:
         raise UserError(f"run_dir: {run_dir} holds a run of another config; different: {', '.join(said)}; choose another run_dir or these values")
+
+
+def refuse_moved(pins: Mapping[str, str | None], before: Mapping[str, Any] | None) -> None:
+    """Raise UserError where the commit that `pins` gives for a group ("parent", "data") is not the one that the run began with."""
+    for group, commit in pins.items():
+        then = before[group]["revision"] if before is not None else commit
+        if commit != then:
+            raise UserError(f"{group}.revision: this run began with {then}, not {commit}; give {group}.revision={then}, or choose another run_dir")
 
 
 def write(source: Mapping[str, Any], run_dir: Path) -> None:

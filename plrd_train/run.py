@@ -20,7 +20,7 @@ from plrd_train.hub.card import member_card
 from plrd_train.hub.members import write_member
 from plrd_train.hub.modeling_plrd import model_ranks
 from plrd_train.hub.models import HubArchitecture
-from plrd_train.hub.parents import load_config, load_tokenizer, open_parent
+from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, open_parent
 from plrd_train.hub.weights import WeightReader, parent_dtype
 from plrd_train.lowrank.distributed import Decomposed, DecompositionError
 from plrd_train.lowrank.ranks import Shape
@@ -73,14 +73,17 @@ class Run:
         held_out = world.on_main(lambda: resolve_corpus(config.data.validation, "validation", config.data.revision))
         if config.parent.scratch is not None:
             train_parent(config, world, self.engine, self._train)
-        self.parent = world.on_main(lambda: open_parent(config.parent.path, config.parent.revision or "main", config.parent.trust_remote_code))
-        self.tokenizer = world.on_main(lambda: load_tokenizer(self.parent, config.parent.trust_remote_code))
+        remote_code = config.parent.trust_remote_code
+        parent = world.on_main(lambda: open_parent(config.parent.path, config.parent.revision or "main", remote_code))
+        self.parent = world.node_by_node(lambda: on_this_node(parent, remote_code))
+        self.tokenizer = world.on_all(lambda: load_tokenizer(self.parent, remote_code))
         self._parent_config = world.on_all(lambda: load_config(self.parent))
         self._dtype = world.on_main(lambda: parent_dtype(self.parent))
         self._held_out: list[EvalDocument] = world.on_main(
             lambda: evaluation_documents(held_out, self.tokenizer, config.evaluation.context, config.evaluation.tokens, config.data.skip_bad)
         )
         pins = {"parent": self.parent.revision, "data": self._train.revision}
+        world.on_main(lambda: resolved.refuse_moved(pins, before))
         source = {**source, **{group: {**source[group], "revision": revision} for group, revision in pins.items()}}
         world.on_main(lambda: resolved.write(source, run_dir))
 
@@ -114,6 +117,8 @@ class Run:
         if progress.position is not None:
             position = progress.position
             self.world.on_all(lambda: self._loader.seek(position))
+        if progress.stages < len(self.stages):
+            self.world.on_all(self._loader.check)
         self.counters = Counters(progress.steps, progress.tokens_total, 0, dict(progress.domain_tokens))
         self._tracker.rewind(progress.steps)
         if published and self.world.is_main:

@@ -70,17 +70,17 @@ class World:
                 raise SharedError(message)
         return result  # type: ignore[return-value]
 
+    def node_by_node(self, work: Callable[[], T]) -> T:
+        """Run `work`, which fills a cache of its node, on the first rank of each node, and then on the others; as `on_all` otherwise."""
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        done = self.on_all(lambda: work() if first else None)
+        return self.on_all(lambda: done if first else work())  # type: ignore[return-value]
+
     def share(self, value: T) -> list[T]:
         """The (small, picklable) `value` of every rank, in rank order, on every rank."""
         values: list = [None] * self.size
         dist.all_gather_object(values, value)
         return values
-
-    def sum(self, *values: float) -> list[float]:
-        """Each value summed over the ranks, in float64."""
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.tolist()
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -45,18 +45,6 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a Hugging Face model: the units that are sharded, checkpointed and compiled."""
     names = getattr(model, "_no_split_modules", None) or ()
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-@contextmanager
-def _shared_failures(folder: Path) -> Iterator[None]:
-    """A file of a checkpoint that some rank cannot write or read, as a SharedError that names the folder."""
-    try:
-        yield
-    except dcp.CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        if not isinstance(first, OSError | SafetensorError):
-            raise
-        raise SharedError(f"{folder}: this checkpoint cannot be written or read ({str(first).splitlines()[0]})") from None
 
 
 class FSDP:
@@ -232,11 +220,27 @@ class FSDP:
 
     def save(self, folder: Path) -> None:
         # The Hugging Face writer stores safetensors and no pickle.
-        with _shared_failures(folder):
+        try:
             dcp.save(self._state(), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        except dcp.CheckpointException as error:  # on every rank alike
+            first = next(iter(error.failures.values()))[0]
+            if not isinstance(first, OSError):
+                raise
+            raise SharedError(f"{folder}: this checkpoint cannot be written ({first}); make room, and the same command goes on") from None
 
     def load_saved(self, architecture: Architecture, folder: Path) -> None:
+        self.world.on_main(lambda: _check_whole(folder))
         self._optimizer = None
         self.model = self._build(architecture)
-        with _shared_failures(folder):
-            dcp.load(self._state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        dcp.load(self._state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def _check_whole(folder: Path) -> None:
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(
+                f"{file}: this checkpoint cannot be read ({error}); restore it, or remove the folder of its stage to begin again"
+            ) from None

@@ -61,6 +61,13 @@ def open_parent(path: str, revision: str = "main", trust_remote_code: bool = Fal
     return dataclasses.replace(parent, weights=_weight_map(folder, path))
 
 
+def on_this_node(parent: Parent, trust_remote_code: bool = False) -> Parent:
+    """The same parent, of the same commit, with its `folder` on this machine: a hub id is downloaded unless the cache has it. Raises UserError."""
+    if parent.revision is None:
+        return parent
+    return dataclasses.replace(parent, folder=str(_download(parent.path, parent.revision, trust_remote_code)[0]))
+
+
 def load_config(parent: Parent) -> PreTrainedConfig:
     """The config of a parent, dense or a published member. Raises UserError where it is not that of an unquantized causal LM of transformers."""
     file = Path(parent.folder) / "config.json"

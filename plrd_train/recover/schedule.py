@@ -6,7 +6,7 @@ from plrd_train.config import Recover
 
 # Learning rate times hidden size. Fitted on the small parents of docs/recipes.md; that it carries over as 1 / width (as in maximal update
 # parametrization, arXiv 2203.03466) is untested at 7B.
-RATE_TIMES_WIDTH = 0.2
+RATE_TIMES_WIDTH = 0.1
 
 
 def peak_rate(settings: Recover, hidden_size: int) -> float:

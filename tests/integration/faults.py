@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -33,3 +34,11 @@ def kill_before(rank: int, where: str, call: int) -> None:
 def limit_files(rank: int, size: int) -> None:
     """No file of this process may become larger than `size` bytes: writing on fails as it does on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def offline_hub(rank: int, cache: Path) -> None:
+    """The hub is what lies in `cache`."""
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    huggingface_hub.constants.HF_HUB_CACHE = str(cache)

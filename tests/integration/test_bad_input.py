@@ -121,7 +121,9 @@ def empty_texts(train: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("write", "message"), [(empty_folder, "no shards"), (empty_shard, "empty corpus"), (empty_texts, "hold no text")], ids=lambda x: str(x)[:15]
+    ("write", "message"),
+    [(empty_folder, "no shards"), (empty_shard, "empty corpus"), (empty_texts, "hold no text")],
+    ids=["no-shard", "no-bytes", "no-text"],
 )
 def test_an_empty_corpus(command, tmp_path, write, message):
     train = tmp_path / "text"
@@ -184,18 +186,26 @@ def test_a_run_dir_that_holds_another_run(command, run_dir, overrides, named):
     assert contents(run_dir) == before
 
 
-@pytest.mark.parametrize("damaged", ["family.json", "checkpoints/stage-2/progress.json", "config.yaml"])
+@pytest.mark.parametrize("damaged", ["family.json", "checkpoints/stage-2/progress.json", "checkpoints/stage-2/trunk", "config.yaml"])
 def test_a_damaged_file_of_the_run(command, run_dir, damaged):
     file = run_dir / damaged
+    if file.is_dir():
+        (file,) = file.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-150].replace(b"experiment:", b"experiment: {"))
     before = contents(run_dir)
-    refused(run_job(2, command(run_dir, *SHORT)), str(file))
+    refused(run_job(2, command(run_dir, *SHORT)), str(run_dir / damaged))
     assert contents(run_dir).keys() == before.keys() and contents(run_dir / "members").items() <= before.items()
 
 
 def test_a_lost_family_json(command, run_dir):
     (run_dir / "family.json").unlink()
     refused(run_job(2, command(run_dir, *SHORT)), f"{run_dir}/family.json")
+
+
+def test_a_run_dir_where_a_file_is_in_the_way(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused(run_job(2, command(run_dir, *SHORT)), str(tmp_path / "file"))
 
 
 def test_a_run_whose_checkpoints_are_lost_begins_again_and_keeps_its_members(command, run_dir):
@@ -236,5 +246,8 @@ def test_a_small_disk_that_is_really_full(command, tmp_path):
         arguments = command(disk / "run", *SHORT, "stages.ratios=[1.25]")
         refused(run_job(2, arguments), str(disk), os.strerror(errno.ENOSPC))
         assert not members(disk / "run")
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        again = run_job(2, arguments)
+        assert (again.status, again.err) == (0, "") and members(disk / "run") == {"1.25x"}
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -16,13 +16,10 @@ import plrd_train  # noqa: F401, members load after it
 
 RATIOS = [1.25, 1.5, 1.85, 2.25]
 TOKENS, BATCH, SEQ_LEN, EVALUATED = 8192, 1024, 128, 5000
-MEMBER_KEYS = set(
-    "name ratio_requested ratio params linear_params ranks tokens_stage tokens_total tokens_lineage eval_factored eval path made_from engine world_size "
-    "seconds".split()
-)
-STEP_METRICS = set(
-    "train/loss train/lr train/grad_norm tokens/stage tokens/total tokens/budget stage/index stage/ratio perf/tokens_per_s perf/memory_gib".split()
-)
+MEMBER_KEYS = {"name", "ratio_requested", "ratio", "params", "linear_params", "ranks", "tokens_stage", "tokens_total", "tokens_lineage"}
+MEMBER_KEYS |= {"eval_factored", "eval", "path", "made_from", "engine", "world_size", "seconds"}
+STEP_METRICS = {"train/loss", "train/lr", "train/grad_norm", "tokens/stage", "tokens/total", "tokens/budget", "stage/index", "stage/ratio"}
+STEP_METRICS |= {"perf/tokens_per_s", "perf/memory_gib"}
 
 
 def rows(path: Path) -> list[dict]:

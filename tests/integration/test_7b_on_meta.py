@@ -1,0 +1,61 @@
+"""The 7B experiments on the meta device: what their last member comes to, in the paper's numbers."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig
+
+from plrd_train.compose import compose
+from plrd_train.config import from_mapping
+from plrd_train.hub.models import build_model
+from plrd_train.lowrank.ranks import ALLOCATIONS, Shape, ratio_of
+from plrd_train.lowrank.surgery import eligible_linears
+
+MISTRAL = MistralConfig(  # mistralai/Mistral-7B-v0.1
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=32000,
+    sliding_window=4096,
+    tie_word_embeddings=False,
+)
+LLAMA = LlamaConfig(  # meta-llama/Llama-2-7b-hf
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    vocab_size=32000,
+    tie_word_embeddings=False,
+)
+
+
+def on_meta(config, ranks=None):
+    with torch.device("meta"):
+        return build_model(config, ranks)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "config", "whole", "params", "kinds"),
+    [
+        ("mistral_7b", MISTRAL, 7.24e9, 3.36e9, {"q": 910, "o": 910, "k": 364, "v": 364, "gate": 1415, "up": 1415, "down": 1415}),
+        ("llama2_7b", LLAMA, 6.74e9, 3.14e9, {"q": 910, "o": 910, "k": 910, "v": 910, "gate": 1326, "up": 1326, "down": 1326}),
+    ],
+    ids=["mistral_7b", "llama2_7b"],
+)
+def test_the_last_member_of_the_papers_families(experiment, config, whole, params, kinds):
+    (job,) = compose([f"experiment={experiment}"])
+    settings = from_mapping(job)
+    parent = on_meta(config)
+    assert parent.num_parameters() == pytest.approx(whole, rel=0.001)
+    linears = settings.linears
+    shapes = {name: Shape.of(linear) for name, linear in eligible_linears(parent, linears.include, linears.exclude)}
+    assert len(shapes) == 32 * 7 and not any("lm_head" in name or "embed" in name for name in shapes)
+    ratio = settings.stages.ratios[-1]
+    ranks = ALLOCATIONS[settings.ranks.name](shapes, ratio, settings.ranks.multiple)
+    assert ranks == {name: kinds[name.rpartition(".")[2].removesuffix("_proj")] for name in shapes}
+    member = on_meta(config, ranks)
+    assert member.num_parameters() == pytest.approx(params, rel=0.005)
+    left = member.num_parameters() - (parent.num_parameters() - sum(shape.dense_params for shape in shapes.values()))
+    assert ratio_of(shapes, ranks) == pytest.approx(sum(shape.dense_params for shape in shapes.values()) / left, rel=1e-12)
+    assert ratio_of(shapes, ranks) == pytest.approx(2.25, rel=2e-3)
