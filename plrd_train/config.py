@@ -193,7 +193,7 @@ def from_mapping(source: Mapping[str, Any]) -> Config:
     for key in source:
         if key not in kinds:
             raise UserError(f"{key}: unknown key{_did_you_mean(str(key), kinds)}")
-    fields = {}
+    fields: dict[str, Any] = {}
     for key, kind in kinds.items():
         if key not in source:
             raise UserError(f"{key}: this key is missing")

@@ -48,4 +48,4 @@ class Family:
         return self.folder / "members" / name
 
     def write(self) -> None:
-        write_atomically(self.folder / "family.json", json.dumps({"parent": self.parent, "members": self.members}, indent=2) + "\n")
+        write_atomically(self.folder / "family.json", json.dumps({"parent": self.parent, "members": self.members}, indent=2, allow_nan=False) + "\n")

@@ -17,7 +17,7 @@ from plrd_train.engine import Engine, open_engine
 from plrd_train.evaluation.perplexity import perplexity
 from plrd_train.family import Family
 from plrd_train.hub.card import member_card
-from plrd_train.hub.members import write_member
+from plrd_train.hub.members import publish
 from plrd_train.hub.modeling_plrd import model_ranks
 from plrd_train.hub.models import HubArchitecture
 from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, open_parent
@@ -142,7 +142,7 @@ class Run:
 
     def params(self) -> int:
         """All parameters of the model in the engine, tied ones once."""
-        return sum(parameter.numel() for parameter in self.engine.model.parameters())
+        return self.engine.params()
 
     def position(self) -> dict[str, Any]:
         """The data position over all ranks."""
@@ -196,8 +196,8 @@ class Run:
         with self.engine.rounded(self._dtype):
             measured = perplexity(self.engine, self._held_out, self.config.evaluation.batch)
         console.say(f"perplexity {when}{f', {stage.ratio:g}x' if stage else ''}: {measured.ppl:.4g}")
-        where = {"stage/index": stage.index if stage else 0, "when": when}
-        self._tracker.log_event("evaluation", {**where, "val/loss": measured.loss, "val/ppl": measured.ppl})
+        stage_index = stage.index if stage else 0
+        self._tracker.log_event("evaluation", {"stage/index": stage_index, "when": when, "val/loss": measured.loss, "val/ppl": measured.ppl})
         return measured.to_dict()
 
     def publish(self, entry: dict[str, Any], ranks: Mapping[str, int]) -> None:
@@ -207,20 +207,8 @@ class Run:
             return
         folder = self.family.member_folder(entry["name"])
         if not self.world.on_main(folder.exists):  # it does where a run was stopped between its publication and family.json
-            tensors = self.engine.tensors()
-            if self.world.is_main:
-                write_member(
-                    folder,
-                    config=self._parent_config,
-                    ranks=ranks,
-                    tensors=tensors,
-                    dtype=self._dtype,
-                    parent=self.parent,
-                    card=member_card(entry, self.family.parent, dataclasses.asdict(self.config)),
-                )
-            else:
-                for _ in tensors:  # gathering is collective
-                    pass
+            card = member_card(entry, self.family.parent, dataclasses.asdict(self.config))
+            publish(self.engine, folder, config=self._parent_config, ranks=ranks, dtype=self._dtype, parent=self.parent, card=card)
         self.family.members.append(entry)
         self.world.on_main(self.family.write)
         if self.world.is_main:

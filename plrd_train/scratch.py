@@ -11,7 +11,7 @@ from plrd_train.data.corpus import Corpus
 from plrd_train.data.embedded import train_tokenizer
 from plrd_train.engine import Engine
 from plrd_train.errors import UserError
-from plrd_train.hub.members import write_member
+from plrd_train.hub.members import publish
 from plrd_train.hub.models import HubArchitecture, build_model
 from plrd_train.hub.parents import Parent
 from plrd_train.recover.loop import Counters
@@ -79,15 +79,9 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus) -
         tracker.close()
     if trained.member is not None:
         engine.restore(trained.member)
-    tensors = engine.tensors()
-    if world.is_main:
-        params = sum(parameter.numel() for parameter in engine.model.parameters())
-        card = CARD.format(params=params, tokens=scratch.tokens, corpus=config.data.train)
-        source = Parent(config.parent.path, None, str(tokenizer_folder), {})
-        write_member(folder, config=architecture, ranks={}, tensors=tensors, dtype=torch.float32, parent=source, card=card)
-    else:
-        for _ in tensors:  # gathering is collective
-            pass
+    card = CARD.format(params=engine.params(), tokens=scratch.tokens, corpus=config.data.train)
+    source = Parent(config.parent.path, None, str(tokenizer_folder), {})
+    publish(engine, folder, config=architecture, ranks={}, dtype=torch.float32, parent=source, card=card)
 
 
 def _tokenizer(scratch: Scratch, config: Config, folder: Path) -> PreTrainedTokenizerBase:

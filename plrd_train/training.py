@@ -46,8 +46,7 @@ def train(
 ) -> Recovered:
     """Train the engine's model on `tokens` tokens at the peak learning rate `peak`; `fields` go into the record of each step."""
     text, seq_len = architecture.get_text_config(), config.data.seq_len
-    params = sum(parameter.numel() for parameter in engine.model.parameters())
-    perf = Perf.of_model(params, text.num_hidden_layers, text.hidden_size, seq_len, engine.world_size, engine.device)
+    perf = Perf.of_model(engine.params(), text.num_hidden_layers, text.hidden_size, seq_len, engine.world_size, engine.device)
     epoch = loader.epoch
     with console.progress(title, tokens, "tokens") as bar:
 

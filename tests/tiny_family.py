@@ -1,5 +1,6 @@
 """A parent and a corpus so small that a whole family takes seconds."""
 
+import copy
 import json
 import random
 from collections.abc import Iterable
@@ -43,7 +44,7 @@ def write_corpus(folder: Path, shards: int = 3, documents: int = 120) -> None:
 
 def write_parent(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]))  # saving writes the dtype into it
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start as constants, which would hide mix-ups
             parameter.add_(torch.randn_like(parameter), alpha=0.05)

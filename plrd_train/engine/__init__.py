@@ -1,7 +1,7 @@
 """How a model lives on many devices: the protocol that every engine keeps, and the choice of one by name.
 
-One file an engine, named as `engine=NAME`; adding a file (and its YAML in conf/engine/) adds the engine. Nothing outside this package knows which
-one runs.
+One file an engine, named as `engine=NAME`; adding a file (and its YAML in conf/engine/) adds the engine. A leading underscore marks a part
+of engines. Nothing outside this package knows which one runs.
 """
 
 import importlib
@@ -76,6 +76,10 @@ class Engine(Shards, Protocol):
         """Clip the gradients' global norm to `clip`, step at `lr`, and clear them. Returns the norm before clipping, a scalar on the device."""
         ...
 
+    def params(self) -> int:
+        """All parameters of the model, tied ones once. Not a collective."""
+        ...
+
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of this rank's shards, in host memory. Not a collective."""
         ...
@@ -103,7 +107,7 @@ class Engine(Shards, Protocol):
 
 def available() -> list[str]:
     """The names of all engines."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def options(name: str) -> type:

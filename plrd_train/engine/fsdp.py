@@ -9,14 +9,12 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from plrd_train.engine import AdamW, Architecture, Weights
+from plrd_train.engine import AdamW, Architecture, Weights, _saved
 from plrd_train.errors import UserError
 from plrd_train.lowrank.distributed import Decomposed
 from plrd_train.world import SharedError, World
@@ -165,6 +163,7 @@ class FSDP:
     # Training
 
     def start(self, optimizer: AdamW) -> None:
+        self._reshard()  # else the optimizer would get, and step, the gathered copies that an evaluation left behind
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -183,6 +182,9 @@ class FSDP:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     # The weights as they are
+
+    def params(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def snapshot(self) -> dict[str, Tensor]:
         self._reshard()
@@ -219,28 +221,10 @@ class FSDP:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     def save(self, folder: Path) -> None:
-        # The Hugging Face writer stores safetensors and no pickle.
-        try:
-            dcp.save(self._state(), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
-        except dcp.CheckpointException as error:  # on every rank alike
-            first = next(iter(error.failures.values()))[0]
-            if not isinstance(first, OSError):
-                raise
-            raise SharedError(f"{folder}: this checkpoint cannot be written ({first}); make room, and the same command goes on") from None
+        _saved.write(self._state(), folder)
 
     def load_saved(self, architecture: Architecture, folder: Path) -> None:
-        self.world.on_main(lambda: _check_whole(folder))
+        self.world.on_main(lambda: _saved.check(folder))
         self._optimizer = None
         self.model = self._build(architecture)
-        dcp.load(self._state(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-
-
-def _check_whole(folder: Path) -> None:
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError(
-                f"{file}: this checkpoint cannot be read ({error}); restore it, or remove the folder of its stage to begin again"
-            ) from None
+        _saved.read(self._state(), folder)

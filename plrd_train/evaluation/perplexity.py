@@ -47,12 +47,18 @@ class Perplexity:
         return exp(self.loss)
 
     def to_dict(self) -> dict:
-        by_domain = {name: exp(nll / tokens) for name, (nll, tokens) in sorted(self.domains.items())}
-        return {"ppl": self.ppl, "nll_tokens": self.tokens, "domains": by_domain}
+        """As family.json holds it; what is not finite, which JSON cannot say, is None."""
+        by_domain = {name: _finite(exp(nll / tokens)) for name, (nll, tokens) in sorted(self.domains.items())}
+        return {"ppl": _finite(self.ppl), "nll_tokens": self.tokens, "domains": by_domain}
 
 
 def exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    """e to the `loss`; infinite where that overflows, NaN of NaN."""
+    return math.inf if loss >= 700 else math.exp(loss)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @torch.no_grad()

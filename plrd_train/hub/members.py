@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from plrd_train.engine import Engine
 from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import VARIANT, with_ranks
 from plrd_train.hub.models import build_model
@@ -65,6 +67,16 @@ def write_member(
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def publish(engine: Engine, folder: Path, **settings: Any) -> None:
+    """Write the model in `engine` to `folder` on rank 0, by `write_member` with these `settings`. A collective."""
+    tensors = engine.tensors()
+    if engine.rank == 0:
+        write_member(folder, tensors=((name, whole) for name, whole in tensors if whole is not None), **settings)
+    else:
+        for _ in tensors:  # gathering is collective
+            pass
 
 
 def _complete(config: PreTrainedConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:

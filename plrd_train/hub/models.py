@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -71,5 +72,5 @@ class HubArchitecture:
     def build(self) -> PreTrainedModel:
         return build_model(self.config, self.ranks)
 
-    def refill(self, model: PreTrainedModel) -> None:
-        refill_buffers(model)
+    def refill(self, model: nn.Module) -> None:
+        refill_buffers(cast(PreTrainedModel, model))

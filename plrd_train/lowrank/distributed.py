@@ -99,7 +99,7 @@ def decompose(
             name = dealt[engine.rank]
             start = time.perf_counter()
             try:
-                factors = factorizer.dense(*own, ranks[name]) if len(own) == 1 else factorizer.product(*own, ranks[name])
+                factors = factorizer.dense(own[0], ranks[name]) if len(own) == 1 else factorizer.product(own[0], own[1], ranks[name])
             except ValueError as error:
                 failure = f"{name}: {error}"
             seconds = time.perf_counter() - start

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The relative error may exceed the optimum by this share of it; below ABSOLUTE of ||W|| it may be anything up to that.
+# The relative error may exceed the optimum by this share of it; below ABSOLUTE of ||W|| it may be anything up to that, since factors stored in
+# float32 are themselves off by about 1e-7.
 RELATIVE = 5e-4
-ABSOLUTE = 1e-6
+ABSOLUTE = 5e-6
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _leading_basis(w: Tensor, rank: int) -> tuple[Tensor, float]:
         basis, excess, optimum = _from_gram(w.to(dtype), rank)
         if rank == w.shape[1]:
             return basis.to(w.dtype), 0.0
-        if excess <= max(2 * RELATIVE * optimum, ABSOLUTE**2):
+        if excess <= max(2 * RELATIVE * optimum, (ABSOLUTE / 5) ** 2):
             return basis.to(w.dtype), _projection_error(w, basis.to(w.dtype))
     basis = torch.linalg.svd(w.double(), full_matrices=False).Vh[:rank].T
     return basis.to(w.dtype), _projection_error(w, basis.to(w.dtype))

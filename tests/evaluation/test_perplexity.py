@@ -72,7 +72,9 @@ def test_domains_are_measured_apart(save_parent, tmp_path):
 
 def test_what_overflows_is_infinite_and_not_an_error():
     assert Perplexity(5000.0, 2, {}).ppl == math.inf and Perplexity(2 * math.log(3.0), 2, {}).ppl == pytest.approx(3.0)
-    assert Perplexity(math.nan, 2, {}).ppl == math.inf  # a model that computes NaN predicts nothing
+    assert math.isnan(Perplexity(math.nan, 2, {}).ppl)
+    worst = Perplexity(math.nan, 2, {"C4": (5000.0, 1), "Book": (math.nan, 1)}).to_dict()
+    assert worst == {"ppl": None, "nll_tokens": 2, "domains": {"Book": None, "C4": None}}  # what JSON cannot say
 
 
 def test_the_model_is_left_without_gradients(save_parent, tmp_path):

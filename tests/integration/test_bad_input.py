@@ -101,7 +101,7 @@ def test_a_bad_shard_that_one_rank_meets_in_mid_training(command, corpus, tmp_pa
     arguments = command(run_dir, SHORT[1], f"data.train={corpus}", "data.streams=2", "stages.tokens=1280")
     refused(run_job(2, arguments), "example_train_7.jsonl, line 16", "not a JSON object", "data.skip_bad=true")
     steps = len((run_dir / "metrics.jsonl").read_text().splitlines())
-    assert 0 < steps < 10 or members(run_dir) == {"1.25x"}
+    assert 0 < steps < 20, steps
     again = run_job(2, [*arguments, "data.skip_bad=true"])
     assert (again.status, again.err) == (0, "") and members(run_dir) == {"1.25x", "1.6x"}
 

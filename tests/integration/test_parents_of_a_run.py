@@ -31,7 +31,7 @@ def test_a_revision_is_pinned_to_its_commit(command, hub, tmp_path):
 
     def start(revision: str, *overrides: str):
         arguments = command(run_dir, *SHORT, "parent.path=owner/tiny", f"parent.revision={revision}", *overrides)
-        return run_job(2, arguments, offline_hub, hub)
+        return run_job(1, arguments, offline_hub, hub)
 
     def pinned() -> str:
         return yaml.safe_load((run_dir / "config.yaml").read_text())["parent"]["revision"]

@@ -35,14 +35,14 @@ def same_members(one: Path, other: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def undisturbed(command, tmp_path_factory):
-    """undisturbed(*overrides) -> the run_dir of such a run on two ranks, never killed; made once."""
+    """undisturbed(ranks, *overrides) -> the run_dir of such a run, never killed; made once."""
     made = {}
 
-    def make(*overrides: str) -> Path:
-        if overrides not in made:
-            made[overrides] = tmp_path_factory.mktemp("undisturbed") / "run"
-            finish(2, command(made[overrides], SHORT, *overrides))
-        return made[overrides]
+    def make(ranks: int, *overrides: str) -> Path:
+        if (ranks, overrides) not in made:
+            run_dir = made[ranks, overrides] = tmp_path_factory.mktemp("undisturbed") / "run"
+            finish(ranks, command(run_dir, SHORT, *overrides))
+        return made[ranks, overrides]
 
     return make
 
@@ -66,8 +66,8 @@ def test_a_run_killed_in_mid_training_ends_as_if_it_had_not_been(command, undist
     run_dir = tmp_path / "run"
     shutil.copytree(killed_in_stage_2, run_dir)
     finish(2, command(run_dir, SHORT))
-    assert same_members(run_dir, undisturbed())
-    assert records(run_dir) == records(undisturbed())
+    assert same_members(run_dir, undisturbed(2))
+    assert records(run_dir) == records(undisturbed(2))
     assert [row["step"] for row in records(run_dir)[1]] == list(range(2 * STEPS))
 
 
@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_on_another_number_of_ranks(command, undisturbed, k
     run_dir = tmp_path / "run"
     shutil.copytree(killed_in_stage_2, run_dir)
     finish(3, command(run_dir, SHORT))
-    (family, found, _), (_, wanted, _) = records(run_dir), records(undisturbed())
+    (family, found, _), (_, wanted, _) = records(run_dir), records(undisturbed(2))
     assert [row["train/loss"] for row in found] == pytest.approx([row["train/loss"] for row in wanted], abs=1e-4)
     assert [member["world_size"] for member in family["members"]] == [2, 3]
 
@@ -85,7 +85,7 @@ KILLS = [
     ("plrd_train.family:Family.write", 0, None),
     ("plrd_train.tracking.tracker:Tracker.log", STEPS // 2, []),
     ("plrd_train.recover.checkpoint:Checkpoints._make_visible", 0, []),
-    ("plrd_train.run:write_member", 0, []),
+    ("plrd_train.hub.members:write_member", 0, []),
     ("plrd_train.tracking.tracker:Tracker.log", STEPS - 1, ["1.25x"]),  # in the branch
     ("plrd_train.recover.checkpoint:shutil.rmtree", 2, ["1.25x"]),  # the new checkpoint is there, the old one still too
     ("plrd_train.hub.members:_ShardWriter.close", 0, ["1.25x"]),
@@ -99,7 +99,7 @@ def survivor(command, tmp_path_factory) -> Path:
     """The run_dir of a run of two ratios, with branches, that went on after it was killed at each point of KILLS."""
     run_dir = tmp_path_factory.mktemp("survivor") / "run"
     for where, call, listed in KILLS:
-        assert run_job(2, command(run_dir, SHORT, BRANCH), kill_before, where, call).status == -9, where
+        assert run_job(1, command(run_dir, SHORT, BRANCH), kill_before, where, call).status == -9, where
         members = {path.name for path in run_dir.glob("members/[!.]*")}
         if listed is None:
             assert not (run_dir / "family.json").exists() and not members
@@ -107,12 +107,12 @@ def survivor(command, tmp_path_factory) -> Path:
             assert [member["name"] for member in records(run_dir)[0]["members"]] == listed and members >= set(listed), where
         if "rmtree" in where:
             assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"stage-1", "stage-2"}
-    finish(2, command(run_dir, SHORT, BRANCH))
+    finish(1, command(run_dir, SHORT, BRANCH))
     return run_dir
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(survivor, undisturbed):
-    expected = undisturbed(BRANCH)
+    expected = undisturbed(1, BRANCH)
     assert same_members(survivor, expected)
     for found, wanted in zip(records(survivor), records(expected), strict=True):
         assert found == wanted
@@ -127,7 +127,7 @@ def test_a_second_start_of_a_finished_run_changes_nothing(command, survivor, tmp
     before = files(run_dir)
     (run_dir / "members" / ".2x.part").mkdir()  # what a killed run may have left
     (run_dir / "checkpoints" / "stage-3.tmp").mkdir()
-    assert "recover at" not in finish(2, command(run_dir, SHORT, BRANCH))
+    assert "recover at" not in finish(1, command(run_dir, SHORT, BRANCH))
     assert {path: path.stat().st_mtime_ns for path in written} == written
     after = files(run_dir)
     for name in ("config.yaml", "report/report.html"):  # the one names run_dir, the other shows it
@@ -139,14 +139,14 @@ def test_one_more_ratio_adds_its_member_and_touches_no_other(command, undisturbe
     three = "stages.ratios=[1.25,1.6,2]"
     written = {path: path.stat().st_mtime_ns for path in (survivor / "members").rglob("*") if path.is_file()}
     members, (family, metrics, _) = files(survivor / "members"), records(survivor)
-    finish(2, command(survivor, SHORT, BRANCH, three))
+    finish(1, command(survivor, SHORT, BRANCH, three))
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert {name: content for name, content in files(survivor / "members").items() if not name.startswith("2x/")} == members
     extended, more, _ = records(survivor)
     assert extended["members"][:2] == family["members"] and extended["parent"] == family["parent"]
     assert [member["name"] for member in extended["members"][2:]] == ["2x"] and more[: len(metrics)] == metrics
     # It is the member that a run with three ratios from the start would have made.
-    at_once = undisturbed(BRANCH, three)
+    at_once = undisturbed(1, BRANCH, three)
     assert same_members(survivor, at_once) and records(at_once)[0] == extended
 
 

@@ -24,8 +24,8 @@ def check(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, rank: int,
     singular = torch.linalg.svdvals(exact)
     optimum = singular[rank:].norm() / singular.norm()
     error = ((exact - up.double() @ down.double()).norm() / exact.norm()).item()
-    assert error <= max(1.0005 * optimum.item(), 2 * ABSOLUTE)
-    assert math.isclose(reported, error, rel_tol=1e-3, abs_tol=2 * ABSOLUTE)
+    assert error <= max(1.0005 * optimum.item(), ABSOLUTE)
+    assert math.isclose(reported, error, rel_tol=1e-3, abs_tol=ABSOLUTE)
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (80, 80), (1, 40), (40, 1)])
@@ -40,7 +40,7 @@ def test_dense_is_optimal_at_every_rank(shape, decay, dtype):
         check(weight, factors.up, factors.down, rank, factors.rel_error)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     m=st.integers(1, 40),
     n=st.integers(1, 40),
@@ -56,7 +56,7 @@ def test_dense_is_optimal_whatever_the_matrix(m, n, decay, scale, seed, data):
     check(weight, factors.up, factors.down, rank, factors.rel_error)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(m=st.integers(2, 40), n=st.integers(2, 40), k=st.integers(1, 30), decay=st.floats(0, 20), seed=st.integers(0, 9), data=st.data())
 def test_product_is_optimal_without_being_formed(m, n, k, decay, seed, data):
     rank = data.draw(st.integers(1, min(m, n, k)))

@@ -1,0 +1,89 @@
+"""DeepSpeed's ZeRO-3 as `zero3.py` needs it: started without a compiler, models partitioned as they are built, and ended without a trace."""
+
+import importlib
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from plrd_train.engine import Architecture
+from plrd_train.errors import UserError
+from plrd_train.world import World
+
+
+def prepare(world: World) -> None:
+    """Join DeepSpeed to the process group that is there, without the collectives of its own, which would be compiled.
+
+    Raises SharedError where DeepSpeed is not installed.
+    """
+    os.environ["DS_ACCELERATOR"] = world.device.type
+    os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher
+    world.on_all(_import)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # one for each collective that DeepSpeed calls
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, or fails where no compiler is
+    deepspeed.init_distributed(dist_backend=deepspeed.get_accelerator().communication_backend_name(), verbose=False)
+
+
+def _import() -> None:
+    try:
+        importlib.import_module("deepspeed")
+    except ImportError:
+        raise UserError("engine=zero3: DeepSpeed is not installed here; pip install 'plrd-train[zero3]', or choose engine=fsdp") from None
+
+
+def check_nvme() -> None:
+    """Raise UserError where this node cannot compile what DeepSpeed reads and writes NVMe with. Not a collective."""
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
+        raise UserError(
+            "engine.offload_optimizer: nvme needs DeepSpeed's async_io, which is compiled on each node with the headers of libaio "
+            "(Debian's libaio-dev); without them choose cpu"
+        )
+
+
+def build(architecture: Architecture, dtype: torch.dtype, config: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """The model of `architecture` with partitioned parameters of `dtype`, whose values are undefined; never more than one of them is whole."""
+    from deepspeed.runtime.zero import Init
+
+    with torch.device("meta"):
+        model = architecture.build()
+    for module in model.modules():
+        module._buffers.update({name: b if b is None else torch.empty_like(b, device=device) for name, b in module._buffers.items()})
+    architecture.refill(model)
+    partitioned: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
+    convert = Init(module=nn.Module(), config_dict_or_path=dict(config))
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in partitioned:
+                partitioned[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+                convert._convert_to_zero_parameters([partitioned[parameter]])
+            if parameter is not None:
+                module._parameters[name] = partitioned[parameter]
+    return model
+
+
+def end(engine: Any) -> None:
+    """Undo what keeps `engine`, a DeepSpeedEngine, and its model alive once the caller has let go of them: it must then collect the garbage.
+
+    `destroy` alone leaves them in hooks, a list of root modules and a cache, and each parameter holds the optimizer.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for parameter in engine.module.parameters():
+        parameter.__dict__.pop("_z3_optimizer", None)
+    parameter_offload.FWD_MODULE_STACK.clear()
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # type: ignore[attr-defined]
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # an lru_cache below another decorator

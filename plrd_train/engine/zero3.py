@@ -1,0 +1,267 @@
+"""`engine=zero3`: DeepSpeed ZeRO-3. Every parameter is flattened and cut into equal slices, one a rank, the last ones padded with zeros."""
+
+import gc
+import math
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from plrd_train.engine import AdamW, Architecture, Weights, _deepspeed, _saved
+from plrd_train.errors import UserError
+from plrd_train.lowrank.distributed import Decomposed
+from plrd_train.world import World
+
+
+@dataclass(frozen=True)
+class Options:
+    """`dtype` is that of parameters and matrix products: bf16 (gradients reduced in float32, float32 masters) or fp32. `offload_optimizer` is
+    where the float32 masters and optimizer states stay, on nvme in files below `nvme_path`; `offload_params` is where the slices of the parameters
+    stay while they are not needed. The sizes are DeepSpeed's settings of these names, in elements."""
+
+    dtype: Literal["bf16", "fp32"]
+    activation_checkpointing: bool
+    offload_optimizer: Literal["none", "cpu", "nvme"]
+    offload_params: Literal["none", "cpu"]
+    nvme_path: str | None
+    reduce_bucket_size: int
+    prefetch_bucket_size: int
+    param_persistence_threshold: int
+
+    def __post_init__(self) -> None:
+        if self.offload_optimizer == "nvme" and self.nvme_path is None:
+            raise ValueError("offload_optimizer=nvme needs nvme_path, a folder on a fast disk of each node")
+        for name, least in (("reduce_bucket_size", 1), ("prefetch_bucket_size", 0), ("param_persistence_threshold", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+
+
+def open_engine(options: Options, world: World) -> "Zero3":
+    _deepspeed.prepare(world)
+    if options.offload_optimizer == "nvme":
+        world.on_all(_deepspeed.check_nvme)
+    return Zero3(options, world)
+
+
+class Zero3:
+    """The protocol `plrd_train.engine.Engine` over DeepSpeed ZeRO-3. A shard is a rank's flat float32 slice of a parameter, padding included."""
+
+    model: Any  # a Hugging Face model
+
+    def __init__(self, options: Options, world: World):
+        self.options, self.world = options, world
+        self.rank, self.world_size, self.device = world.rank, world.size, world.device
+        self._dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+        self._mesh = init_device_mesh("cpu", (world.size,))
+        self._deepspeed: Any = None  # the DeepSpeedEngine; there is one from the first load on
+        self._swapped = Path(options.nvme_path or "") / "zero_stage_3" / "optimizer" / f"rank{world.rank}"  # where DeepSpeed puts the files
+        if options.offload_optimizer == "nvme":
+            weakref.finalize(self, shutil.rmtree, self._swapped, ignore_errors=True)
+
+    def _config(self) -> dict[str, Any]:
+        options, pinned = self.options, self.device.type == "cuda"
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # asked for, but of no effect: the caller decides when to step
+            "managed_gradient_accumulation": False,
+            "bf16": {"enabled": options.dtype == "bf16"},
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": 3,
+                "offload_optimizer": {"device": options.offload_optimizer, "nvme_path": options.nvme_path, "pin_memory": pinned},
+                "offload_param": {"device": options.offload_params, "pin_memory": pinned},
+                "reduce_bucket_size": options.reduce_bucket_size,
+                "stage3_prefetch_bucket_size": options.prefetch_bucket_size,
+                "stage3_param_persistence_threshold": options.param_persistence_threshold,
+            },
+        }
+
+    # The structure
+
+    def load(self, architecture: Architecture, weights: Weights) -> None:
+        self._end()
+        self._build(architecture)
+        self.world.on_all(lambda: self._fill(weights))
+
+    def _fill(self, weights: Weights) -> None:
+        for name, parameter in self._parameters():
+            shape = parameter.ds_shape
+            if weights.shape(name) != shape:
+                raise UserError(
+                    f"tensor {name} is {tuple(weights.shape(name))}, but config.json makes it {tuple(shape)}: they do not belong together"
+                )
+            # The rows that cover this rank's slice, which may begin and end inside one.
+            row, (start, stop) = math.prod(shape[1:]), self._slice(shape)
+            rows = slice(start // row, -(-stop // row))
+            flat = weights.read(name, rows).flatten()[start - rows.start * row : stop - rows.start * row]
+            self._write(parameter, self._padded(flat.float(), shape))
+        self._publish()
+
+    def rebuild(self, architecture: Architecture, factors: Mapping[str, Decomposed]) -> None:
+        old = self.snapshot()
+        for name, made in factors.items():
+            old[f"{name}.up.weight"], old[f"{name}.down.weight"] = made.up, made.down
+            if f"{name}.bias" in old:
+                old[f"{name}.up.bias"] = old.pop(f"{name}.bias")
+        self._end()
+        self._build(architecture)
+        self.restore(old)
+
+    def _build(self, architecture: Architecture) -> None:
+        import deepspeed
+
+        config = self._config()
+        self.model = _deepspeed.build(architecture, self._dtype, config, self.device)
+        if self.options.activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        parameters = [parameter for _, parameter in self._parameters()]
+        groups = [{"params": [p for p in parameters if len(p.ds_shape) > 1]}, {"params": [p for p in parameters if len(p.ds_shape) <= 1]}]
+        self._deepspeed, *_ = deepspeed.initialize(model=self.model, optimizer=torch.optim.AdamW(groups, lr=0.0), config=config)
+
+    def _end(self) -> None:
+        """Free the model with its optimizer."""
+        if self._deepspeed is None:
+            return
+        _deepspeed.end(self._deepspeed)
+        self._deepspeed = None
+        del self.model
+        gc.collect()  # they hold one another
+        if self.options.offload_optimizer == "nvme":
+            shutil.rmtree(self._swapped, ignore_errors=True)
+
+    def _parameters(self) -> Iterator[tuple[str, Any]]:
+        """The partitioned parameters, tied ones once: DeepSpeed gives each its `ds_shape`, `ds_numel` and `ds_tensor`."""
+        return self.model.named_parameters()
+
+    # One weight to one rank, and back
+
+    def _chunk(self, shape: tuple[int, ...]) -> int:
+        """Elements of a shard, padding included."""
+        return math.ceil(math.prod(shape) / self.world_size)
+
+    def _slice(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Where this rank's slice of a flattened parameter begins and ends; the last ranks may have none."""
+        size, chunk = math.prod(shape), self._chunk(shape)
+        return min(chunk * self.rank, size), min(chunk * (self.rank + 1), size)
+
+    def _padded(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return torch.cat([flat, flat.new_zeros(self._chunk(shape) - len(flat))])
+
+    def gather(self, name: str, owner: int) -> Tensor | None:
+        return self._gather(self.model.get_parameter(name), owner)
+
+    def _gather(self, parameter: Any, owner: int) -> Tensor | None:
+        shard = self._read(parameter).contiguous()
+        parts = [torch.empty_like(shard) for _ in range(self.world_size)] if owner == self.rank else None
+        dist.gather(shard, parts, dst=owner)
+        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape) if parts is not None else None
+
+    def scatter(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
+        chunk = self._chunk(shape)
+        shard = torch.empty(chunk, device=self.device)
+        parts = None
+        if tensor is not None:
+            flat = tensor.flatten()
+            parts = list(torch.cat([flat, flat.new_zeros(chunk * self.world_size - len(flat))]).split(chunk))
+        dist.scatter(shard, parts, src=owner)
+        return shard
+
+    def share(self, value: object) -> list:
+        return self.world.share(value)
+
+    # Training
+
+    def start(self, optimizer: AdamW) -> None:
+        inner = self._deepspeed.basic_optimizer
+        inner.state.clear()
+        for group, decay in zip(inner.param_groups, (optimizer.weight_decay, 0.0), strict=True):
+            group.update(betas=optimizer.betas, eps=optimizer.eps, weight_decay=decay)
+
+    def backward(self, loss: Tensor) -> None:
+        # What DeepSpeedEngine.forward does around the model, which callers call itself.
+        self._deepspeed.optimizer.clear_backward_seen_flag()
+        self._deepspeed._backward_prologue()
+        self._deepspeed.backward(loss)
+
+    def step(self, lr: float, clip: float) -> Tensor:
+        optimizer = self._deepspeed.optimizer
+        optimizer.set_lr(lr)
+        optimizer.clip_grad = clip
+        self._deepspeed.step()
+        return torch.as_tensor(self._deepspeed.get_global_grad_norm())
+
+    # The weights as they are
+
+    def params(self) -> int:
+        return sum(parameter.ds_numel for _, parameter in self._parameters())
+
+    def _read(self, parameter: Any) -> Tensor:
+        """This rank's shard, on the device."""
+        return self._deepspeed.optimizer.get_local_fp32_param(parameter)
+
+    def _write(self, parameter: Any, shard: Tensor) -> None:
+        """Set this rank's shard; it is computed with after `_publish`."""
+        self._deepspeed.optimizer.set_local_hp_param(shard, parameter)
+        parameter.ds_tensor.data.copy_(shard)
+
+    def _publish(self) -> None:
+        """Drop parameters that are whole at the moment: they are gathered anew from the shards."""
+        self._deepspeed.empty_partition_cache()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: self._read(parameter).detach().to("cpu", copy=True) for name, parameter in self._parameters()}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters():
+                self._write(parameter, snapshot[name].float())
+        self._publish()
+
+    @contextmanager
+    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
+        if dtype == torch.float32:
+            yield
+            return
+        exact = self.snapshot()
+        self.restore({name: tensor.to(dtype) for name, tensor in exact.items()})
+        try:
+            yield
+        finally:
+            self.restore(exact)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        for name, parameter in self._parameters():
+            whole = self._gather(parameter, owner=0)
+            yield name, whole.cpu() if whole is not None else None
+
+    # Checkpoints
+
+    def _flat(self, shards: Mapping[str, Tensor]) -> dict[str, DTensor]:
+        """The same memory as sharded tensors of one dimension, without the padding."""
+        tensors = {}
+        for name, parameter in self._parameters():
+            start, stop = self._slice(parameter.ds_shape)
+            size = torch.Size([parameter.ds_numel])
+            tensors[name] = DTensor.from_local(shards[name][: stop - start], self._mesh, [Shard(0)], run_check=False, shape=size, stride=(1,))
+        return tensors
+
+    def save(self, folder: Path) -> None:
+        _saved.write(self._flat(self.snapshot()), folder)
+
+    def load_saved(self, architecture: Architecture, folder: Path) -> None:
+        self.world.on_main(lambda: _saved.check(folder))
+        self._end()
+        self._build(architecture)
+        shards = self.snapshot()
+        _saved.read(self._flat(shards), folder)
+        self.restore(shards)

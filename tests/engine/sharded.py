@@ -1,0 +1,94 @@
+"""What the engines' tests do on each rank."""
+
+import gc
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from plrd_train.engine import AdamW, Engine
+from plrd_train.hub.models import HubArchitecture
+from plrd_train.hub.parents import load_config, open_parent
+from plrd_train.hub.weights import WeightReader
+from plrd_train.lowrank.distributed import decompose
+from plrd_train.lowrank.factorizers.svd import Factorizer
+from plrd_train.lowrank.ranks import Shape
+from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.world import World
+
+OPTIMIZER = AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fsdp": {"dtype": "fp32", "replicas": 1, "activation_checkpointing": False, "compile": False},
+    "zero3": {
+        "dtype": "fp32",
+        "activation_checkpointing": False,
+        "offload_optimizer": "none",
+        "offload_params": "none",
+        "nvme_path": None,
+        "reduce_bucket_size": 3000,  # less than the embedding, more than a bias
+        "prefetch_bucket_size": 3000,
+        "param_persistence_threshold": 0,  # by default nothing of these tiny models would be partitioned
+    },
+}
+
+
+def empty(world: World, name: str, **options) -> Engine:
+    module = importlib.import_module(f"plrd_train.engine.{name}")
+    return module.open_engine(module.Options(**SETTINGS[name] | options), world)
+
+
+def opened(world: World, name: str, folder: Path, **options) -> Engine:
+    """The engine `name` with the parent in `folder`."""
+    engine = empty(world, name, **options)
+    parent = open_parent(str(folder))
+    engine.load(HubArchitecture(load_config(parent)), WeightReader(parent))
+    return engine
+
+
+def architecture(folder: Path, ranks: dict[str, int]) -> HubArchitecture:
+    return HubArchitecture(load_config(open_parent(str(folder))), ranks)
+
+
+def shapes_of(engine: Engine) -> dict[str, Shape]:
+    return {name: Shape.of(linear) for name, linear in eligible_linears(engine.model)}
+
+
+def factor(engine: Engine, folder: Path, ranks: dict[str, int]) -> None:
+    engine.rebuild(architecture(folder, ranks), decompose(engine, shapes_of(engine), ranks, Factorizer()))
+
+
+@torch.no_grad()
+def logits(engine: Engine, tokens: Tensor) -> Tensor:
+    engine.model.eval()
+    return engine.model(input_ids=tokens).logits.clone()
+
+
+def train(engine: Engine, batches: list[Tensor], micro: int = 1) -> list[float]:
+    """Train on this rank's share of each batch, in `micro` micro-batches; the gradients' norms."""
+    engine.start(OPTIMIZER)
+    engine.model.train()
+    norms = []
+    for batch in batches:
+        for own in batch[engine.rank :: engine.world_size].chunk(micro):
+            nll = F.cross_entropy(engine.model(input_ids=own).logits[:, :-1].float().flatten(0, 1), own[:, 1:].flatten(), reduction="sum")
+            engine.backward(nll * (engine.world_size / batch[:, 1:].numel()))
+        norms.append(engine.step(1e-2, 0.5).item())
+    return norms
+
+
+def batches(count: int, sequences: int) -> list[Tensor]:
+    return [torch.randint(3, 64, (sequences, 10), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def live_bytes() -> int:
+    """Memory of all tensors that this process can reach, each storage once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated names, which `isinstance` looks up in torch's modules
+        tensors = [t for t in gc.get_objects() if isinstance(t, Tensor) and not isinstance(t, DTensor) and not t.is_meta]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

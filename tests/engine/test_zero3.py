@@ -1,0 +1,127 @@
+"""What only ZeRO-3 does: offloading, parameters that stay whole, ending one DeepSpeed engine for the next. The rest is in test_engines.py."""
+
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from processes import run_job, run_ranks
+from sharded import batches, empty, factor, logits, opened, shapes_of, train
+
+from plrd_train.engine.zero3 import Options
+from plrd_train.errors import UserError
+from plrd_train.hub.models import HubArchitecture
+from plrd_train.hub.parents import load_config, open_parent
+from plrd_train.hub.weights import WeightReader
+
+
+def two_stages(world, folder, data, options):
+    engine = opened(world, "zero3", folder, **options)
+    norms = train(engine, data, 2)
+    factor(engine, folder, dict.fromkeys(shapes_of(engine), 24))
+    kept = engine.snapshot()
+    norms += train(engine, data, 2)
+    engine.restore(kept)
+    return norms + train(engine, data, 2), dict(engine.tensors())
+
+
+OFFLOADS = [
+    {"offload_optimizer": "cpu"},
+    {"offload_params": "cpu"},
+    {"offload_optimizer": "cpu", "offload_params": "cpu", "activation_checkpointing": True},
+    {"param_persistence_threshold": 1000},  # some of the parameters
+]
+
+
+@pytest.mark.parametrize("options", OFFLOADS, ids=["optimizer", "params", "both", "persistent"])
+def test_where_things_are_kept_changes_nothing(save_parent, options):
+    folder, _ = save_parent("llama_tied_scaled_rope")
+    data = batches(2, 8)
+    norms, expected = run_ranks(2, two_stages, folder, data, {})[0]
+    for found, tensors in run_ranks(2, two_stages, folder, data, options):
+        assert found == pytest.approx(norms, rel=1e-4)
+        for name, whole in tensors.items():
+            assert whole is None or torch.allclose(whole, expected[name], rtol=0, atol=2e-3)  # Adam divides by roots of tiny gradients
+
+
+def held_after(world, folder):
+    engine = opened(world, "zero3", folder)
+    logits(engine, torch.ones(1, 4, dtype=torch.long))
+    train(engine, batches(1, 4))
+    before = [weakref.ref(kept) for kept in (engine.model, engine._deepspeed, engine._deepspeed.optimizer)]
+    factor(engine, folder, dict.fromkeys(shapes_of(engine), 8))
+    return [kept() is None for kept in before]
+
+
+def test_a_restructuring_frees_what_was_before_at_once(save_parent):
+    folder, _ = save_parent("qwen2")
+    assert run_ranks(2, held_after, folder) == [[True] * 3] * 2
+
+
+class Counted:
+    """A parent's weights that count what is read of them."""
+
+    def __init__(self, reader):
+        self.reader, self.read_elements, self.shape = reader, 0, reader.shape
+
+    def read(self, name, rows):
+        part = self.reader.read(name, rows)
+        self.read_elements += part.numel()
+        return part
+
+
+def read_on_loading(world, folder):
+    parent = open_parent(str(folder))
+    weights = Counted(WeightReader(parent))
+    engine = empty(world, "zero3")
+    engine.load(HubArchitecture(load_config(parent)), weights)
+    rows = sum(p.ds_numel // p.ds_shape[0] for p in engine.model.parameters())
+    return weights.read_elements, engine.params(), rows, sum(p.numel() for p in engine.model.parameters())
+
+
+def test_each_rank_reads_the_rows_of_its_slices_only(save_parent):
+    folder, _ = save_parent("gpt_neox")
+    for read, params, rows, whole in run_ranks(3, read_on_loading, folder):
+        assert read <= params / 3 + 2 * rows  # a slice begins and ends inside of rows
+        assert whole == 0
+
+
+def refused(world, folder):
+    try:
+        opened(world, "zero3", folder, offload_optimizer="nvme", nvme_path=str(folder))
+    except UserError as error:
+        return str(error)
+
+
+def test_nvme_without_libaio_is_refused_in_one_line(save_parent, monkeypatch):
+    if run_ranks(1, nvme_is_there)[0]:
+        pytest.skip("libaio is installed here")
+    folder, _ = save_parent("llama")
+    for message in run_ranks(2, refused, folder):
+        assert message.startswith("engine.offload_optimizer: nvme needs") and "\n" not in message
+
+
+def nvme_is_there(world):
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
+
+
+@pytest.mark.slow
+def test_an_optimizer_on_nvme_changes_nothing(save_parent, tmp_path):
+    if not run_ranks(1, nvme_is_there)[0]:
+        pytest.skip("libaio is not installed here")
+    folder, _ = save_parent("llama")
+    data = batches(2, 8)
+    norms, _ = run_ranks(1, two_stages, folder, data, {})[0]
+    found, _ = run_ranks(1, two_stages, folder, data, {"offload_optimizer": "nvme", "nvme_path": str(tmp_path / "swap")})[0]
+    assert found == pytest.approx(norms, rel=1e-4)
+
+
+def test_settings_that_make_no_sense_are_refused():
+    sound = {"dtype": "bf16", "activation_checkpointing": True, "offload_params": "none", "reduce_bucket_size": 1, "prefetch_bucket_size": 0}
+    with pytest.raises(ValueError, match="needs nvme_path"):
+        Options(**sound, offload_optimizer="nvme", nvme_path=None, param_persistence_threshold=0)
+    with pytest.raises(ValueError, match="param_persistence_threshold is -1"):
+        Options(**sound, offload_optimizer="none", nvme_path=None, param_persistence_threshold=-1)
