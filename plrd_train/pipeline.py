@@ -9,7 +9,7 @@ import time
 
 from plrd_train.family import Family
 from plrd_train.lowrank.distributed import changes, decompose
-from plrd_train.lowrank.ranks import ALLOCATIONS, ratio_of
+from plrd_train.lowrank.ranks import ratio_of
 from plrd_train.recover.checkpoint import Progress
 from plrd_train.run import Run, Stage
 
@@ -61,7 +61,7 @@ def compress(run: Run, stage: Stage, progress: Progress) -> tuple[dict, dict[str
     """Factor the trunk in the engine to the ranks of `stage`. Returns the member's entry so far, and the ranks of the new trunk."""
     start = time.perf_counter()
     shapes = run.shapes()
-    wanted = ALLOCATIONS[run.config.ranks.name](shapes, stage.ratio, run.config.ranks.multiple)
+    wanted = run.ranks(stage, shapes)
     with run.factoring(stage, changes(shapes, wanted)) as on_done:
         factors = decompose(run.engine, shapes, changes(shapes, wanted), run.config.factorizer.settings, on_done)
     ranks = {**progress.ranks, **wanted}

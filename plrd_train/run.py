@@ -23,7 +23,7 @@ from plrd_train.hub.models import HubArchitecture
 from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, open_parent
 from plrd_train.hub.weights import WeightReader, parent_dtype
 from plrd_train.lowrank.distributed import Decomposed, DecompositionError
-from plrd_train.lowrank.ranks import Shape
+from plrd_train.lowrank.ranks import ALLOCATIONS, Shape
 from plrd_train.lowrank.surgery import eligible_linears
 from plrd_train.recover.checkpoint import Checkpoints, Progress
 from plrd_train.recover.loop import Counters, Recovered
@@ -139,6 +139,13 @@ class Run:
         if not shapes:
             raise SharedError(f"linears: no Linear of {self.config.parent.path} is left to factor; mend linears.include and linears.exclude")
         return shapes
+
+    def ranks(self, stage: Stage, shapes: Mapping[str, Shape]) -> dict[str, int]:
+        """The rank of each Linear that is low-rank at the ratio of `stage`."""
+        ranks = ALLOCATIONS[self.config.ranks.name](shapes, stage.ratio, self.config.ranks.multiple)
+        if stage.ratio > 1 and not ranks:
+            raise SharedError(f"ranks.multiple: at {stage.ratio:g}x every rank is below {self.config.ranks.multiple}; choose a smaller multiple")
+        return ranks
 
     def params(self) -> int:
         """All parameters of the model in the engine, tied ones once."""

@@ -1,5 +1,6 @@
 """Fixtures that every test may use. The only place under tests/ that knows where the real parents and corpora lie."""
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ def save_parent(tmp_path: Path) -> SaveParent:
 
     def save(architecture: str, **arguments) -> tuple[Path, PreTrainedModel]:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[architecture]).eval()
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture])).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # biases and norms start as constants, which would hide mix-ups
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)

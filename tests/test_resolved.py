@@ -1,16 +1,33 @@
 """config.yaml of a run: what may differ when the same folder is used again, and what is refused by name."""
 
+import copy
+import functools
+
 import pytest
+import yaml
 
 from plrd_train import resolved
 from plrd_train.compose import compose
 from plrd_train.errors import UserError
 
-GIVEN = ("experiment=tinystories", "parent.path=p", "data.train=t", "data.validation=v", "stages.ratios=[1.5,2]", "recover.lr=1e-3")
+GIVEN = ("experiment=tinystories", "parent.path=p", "data.train=t", "data.validation=v", "data.seq_len=256", "stages.ratios=[1.5,2]")
+
+
+@functools.cache
+def composed() -> dict:
+    (job,) = compose([*GIVEN, "stages.tokens=100000", "seed=0", "engine.dtype=fp32", "recover.betas=[0.9,0.95]"])
+    return job
 
 
 def source(*overrides: str) -> dict:
-    (job,) = compose([*GIVEN, *overrides])
+    """A config in which these `key=value` stand."""
+    job = copy.deepcopy(composed())
+    for override in overrides:
+        key, _, value = override.partition("=")
+        *groups, leaf = key.split(".")
+        section = functools.reduce(dict.__getitem__, groups, job)
+        assert leaf in section
+        section[leaf] = yaml.safe_load(value)
     return job
 
 

@@ -74,16 +74,12 @@ def build(architecture: Architecture, dtype: torch.dtype, config: Mapping[str, A
 def end(engine: Any) -> None:
     """Undo what keeps `engine`, a DeepSpeedEngine, and its model alive once the caller has let go of them: it must then collect the garbage.
 
-    `destroy` alone leaves them in hooks, a list of root modules and a cache, and each parameter holds the optimizer.
+    `destroy` alone leaves both in a list of root modules and in a cache.
     """
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     engine.destroy()
-    engine.module_forward_pre_hook.remove()
-    engine.module_forward_post_hook.remove()
-    for parameter in engine.module.parameters():
-        parameter.__dict__.pop("_z3_optimizer", None)
     parameter_offload.FWD_MODULE_STACK.clear()
     cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # type: ignore[attr-defined]
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # an lru_cache below another decorator

@@ -1,12 +1,10 @@
 """What only ZeRO-3 does: offloading, parameters that stay whole, ending one DeepSpeed engine for the next. The rest is in test_engines.py."""
 
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
-from processes import run_job, run_ranks
+from processes import run_ranks
 from sharded import batches, empty, factor, logits, opened, shapes_of, train
 
 from plrd_train.engine.zero3 import Options
@@ -19,30 +17,23 @@ from plrd_train.hub.weights import WeightReader
 def two_stages(world, folder, data, options):
     engine = opened(world, "zero3", folder, **options)
     norms = train(engine, data, 2)
-    factor(engine, folder, dict.fromkeys(shapes_of(engine), 24))
+    factor(engine, folder, dict.fromkeys(shapes_of(engine), 12))
     kept = engine.snapshot()
     norms += train(engine, data, 2)
     engine.restore(kept)
-    return norms + train(engine, data, 2), dict(engine.tensors())
+    return norms + train(engine, data, 2), logits(engine, data[0])
 
 
-OFFLOADS = [
-    {"offload_optimizer": "cpu"},
-    {"offload_params": "cpu"},
-    {"offload_optimizer": "cpu", "offload_params": "cpu", "activation_checkpointing": True},
-    {"param_persistence_threshold": 1000},  # some of the parameters
-]
-
-
-@pytest.mark.parametrize("options", OFFLOADS, ids=["optimizer", "params", "both", "persistent"])
-def test_where_things_are_kept_changes_nothing(save_parent, options):
+def test_where_things_are_kept_changes_nothing(save_parent):
     folder, _ = save_parent("llama_tied_scaled_rope")
     data = batches(2, 8)
     norms, expected = run_ranks(2, two_stages, folder, data, {})[0]
-    for found, tensors in run_ranks(2, two_stages, folder, data, options):
+    some_parameters_whole = {"param_persistence_threshold": 1000}
+    both = {"offload_optimizer": "cpu", "offload_params": "cpu", "activation_checkpointing": True}
+    for options in ({"offload_optimizer": "cpu"}, both, some_parameters_whole):
+        found, computed = run_ranks(2, two_stages, folder, data, options)[0]
         assert found == pytest.approx(norms, rel=1e-4)
-        for name, whole in tensors.items():
-            assert whole is None or torch.allclose(whole, expected[name], rtol=0, atol=2e-3)  # Adam divides by roots of tiny gradients
+        torch.testing.assert_close(computed, expected, rtol=0, atol=5e-3)
 
 
 def held_after(world, folder):
@@ -94,7 +85,7 @@ def refused(world, folder):
         return str(error)
 
 
-def test_nvme_without_libaio_is_refused_in_one_line(save_parent, monkeypatch):
+def test_nvme_without_libaio_is_refused_in_one_line(save_parent):
     if run_ranks(1, nvme_is_there)[0]:
         pytest.skip("libaio is installed here")
     folder, _ = save_parent("llama")

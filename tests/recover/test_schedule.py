@@ -1,5 +1,7 @@
 """The learning rate of each step."""
 
+import dataclasses
+import functools
 import itertools
 import math
 
@@ -10,10 +12,14 @@ from plrd_train.config import Recover, from_mapping
 from plrd_train.recover.schedule import anneal, peak_rate, rate
 
 
-def settings(**values) -> Recover:
-    overrides = [f"recover.{name}={value}" for name, value in values.items()]
-    (job,) = compose(["experiment=quickstart", *overrides])
+@functools.cache
+def composed() -> Recover:
+    (job,) = compose(["experiment=quickstart"])
     return from_mapping(job).recover
+
+
+def settings(**values) -> Recover:
+    return dataclasses.replace(composed(), **values)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -51,5 +57,5 @@ def test_a_branch_falls_by_a_line_that_would_reach_zero_behind_its_last_step(ste
 
 
 def test_the_peak_is_the_key_or_follows_the_width():
-    assert peak_rate(settings(lr="3e-3"), 4096) == 3e-3
-    assert peak_rate(settings(), 128) == 2 * peak_rate(settings(), 256) > 0
+    assert peak_rate(settings(lr=3e-3), 4096) == 3e-3
+    assert peak_rate(settings(lr=None), 128) == 2 * peak_rate(settings(lr=None), 256) > 0
