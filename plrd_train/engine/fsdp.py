@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ class FSDP:
         self.world.on_all(lambda: self._fill(weights))
 
     def _fill(self, weights: Weights) -> None:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._parameters():
             if weights.shape(name) != parameter.shape:
                 raise UserError(
                     f"tensor {name} is {tuple(weights.shape(name))}, but config.json makes it {tuple(parameter.shape)}: they do not belong together"
@@ -82,15 +82,19 @@ class FSDP:
     def rebuild(self, architecture: Architecture, factors: Mapping[str, Decomposed]) -> None:
         self._reshard()
         self._optimizer = None  # its states belong to parameters that end here
-        old = {name: parameter.to_local().detach() for name, parameter in self.model.named_parameters()}
+        old = {name: parameter.to_local().detach() for name, parameter in self._parameters()}
         for name, made in factors.items():
             old[f"{name}.up.weight"], old[f"{name}.down.weight"] = made.up, made.down
             if f"{name}.bias" in old:
                 old[f"{name}.up.bias"] = old.pop(f"{name}.bias")
         self.model = self._build(architecture)
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self._parameters():
                 parameter.to_local().copy_(old.pop(name))
+
+    def _parameters(self) -> Iterator[tuple[str, DTensor]]:
+        """The parameters by name, tied ones once, as `fully_shard` has left them."""
+        return ((name, cast(DTensor, parameter)) for name, parameter in self.model.named_parameters())
 
     def _build(self, architecture: Architecture) -> nn.Module:
         with torch.device("meta"):
@@ -106,7 +110,7 @@ class FSDP:
         model.to_empty(device=self.device)
         architecture.refill(model)
         if self.options.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a method of transformers' models
         return model.requires_grad_(True)
 
     def _reshard(self) -> None:
@@ -131,7 +135,7 @@ class FSDP:
 
     def gather(self, name: str, owner: int) -> Tensor | None:
         self._reshard()
-        return self._gather(self.model.get_parameter(name), owner)
+        return self._gather(cast(DTensor, self.model.get_parameter(name)), owner)
 
     def _gather(self, parameter: DTensor, owner: int) -> Tensor | None:
         if not self._row_of(owner):
@@ -188,12 +192,12 @@ class FSDP:
 
     def snapshot(self) -> dict[str, Tensor]:
         self._reshard()
-        return {name: parameter.to_local().detach().to("cpu", copy=True) for name, parameter in self.model.named_parameters()}
+        return {name: parameter.to_local().detach().to("cpu", copy=True) for name, parameter in self._parameters()}
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         self._reshard()
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self._parameters():
                 parameter.to_local().copy_(snapshot[name])
 
     @contextmanager
@@ -210,7 +214,7 @@ class FSDP:
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         self._reshard()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._parameters():
             whole = self._gather(parameter, owner=0)
             yield name, whole.cpu() if whole is not None else None
 
@@ -218,7 +222,7 @@ class FSDP:
 
     def _state(self) -> dict[str, Tensor]:
         self._reshard()
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self._parameters()}
 
     def save(self, folder: Path) -> None:
         _saved.write(self._state(), folder)

@@ -4,7 +4,7 @@ import gc
 import math
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,7 @@ class Zero3:
         self._dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
         self._mesh = init_device_mesh("cpu", (world.size,))
         self._deepspeed: Any = None  # the DeepSpeedEngine; there is one from the first load on
+        self._free: Callable[[], object] = lambda: None
         self._swapped = Path(options.nvme_path or "") / "zero_stage_3" / "optimizer" / f"rank{world.rank}"  # where DeepSpeed puts the files
         if options.offload_optimizer == "nvme":
             weakref.finalize(self, shutil.rmtree, self._swapped, ignore_errors=True)
@@ -127,14 +128,13 @@ class Zero3:
         parameters = [parameter for _, parameter in self._parameters()]
         groups = [{"params": [p for p in parameters if len(p.ds_shape) > 1]}, {"params": [p for p in parameters if len(p.ds_shape) <= 1]}]
         self._deepspeed, *_ = deepspeed.initialize(model=self.model, optimizer=torch.optim.AdamW(groups, lr=0.0), config=config)
+        self._free = free = weakref.finalize(self, _deepspeed.end, self._deepspeed)  # another engine may follow this one in the same process
+        free.atexit = False  # the process group has ended then
 
     def _end(self) -> None:
         """Free the model with its optimizer."""
-        if self._deepspeed is None:
-            return
-        _deepspeed.end(self._deepspeed)
-        self._deepspeed = None
-        del self.model
+        self._free()
+        self._deepspeed = self.model = None
         gc.collect()  # they hold one another
         if self.options.offload_optimizer == "nvme":
             shutil.rmtree(self._swapped, ignore_errors=True)
@@ -198,7 +198,7 @@ class Zero3:
         optimizer.set_lr(lr)
         optimizer.clip_grad = clip
         self._deepspeed.step()
-        return torch.as_tensor(self._deepspeed.get_global_grad_norm())
+        return torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self.device)
 
     # The weights as they are
 
