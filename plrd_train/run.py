@@ -13,7 +13,7 @@ from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.embedded import write_corpus
 from plrd_train.data.loader import merge_positions
-from plrd_train.engine import Engine, open_engine
+from plrd_train.engine import Engine, open_engine, rounded
 from plrd_train.evaluation.perplexity import perplexity
 from plrd_train.family import Family
 from plrd_train.hub.card import member_card
@@ -200,7 +200,7 @@ class Run:
 
     def evaluate(self, when: str, stage: Stage | None = None) -> dict[str, Any]:
         """Held-out perplexity of the model in the engine, on its weights as they would be published."""
-        with self.engine.rounded(self._dtype):
+        with rounded(self.engine, self._dtype):
             measured = perplexity(self.engine, self._held_out, self.config.evaluation.batch)
         console.say(f"perplexity {when}{f', {stage.ratio:g}x' if stage else ''}: {measured.ppl:.4g}")
         stage_index = stage.index if stage else 0

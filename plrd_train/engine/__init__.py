@@ -7,7 +7,7 @@ of engines. Nothing outside this package knows which one runs.
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,10 +88,6 @@ class Engine(Shards, Protocol):
         """Put a snapshot of the present structure back. Not a collective."""
         ...
 
-    def rounded(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Inside, every parameter has the value it takes when published in `dtype`."""
-        ...
-
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         """Each whole parameter, one at a time, on rank 0 (None elsewhere), by its state-dict name, tied ones once; float32, on the CPU."""
         ...
@@ -120,3 +116,17 @@ def options(name: str) -> type:
 def open_engine(name: str, settings: Any, world: World) -> Engine:
     """The engine `name` over the ranks of `world`."""
     return importlib.import_module(f"{__name__}.{name}").open_engine(settings, world)
+
+
+@contextmanager
+def rounded(engine: Engine, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, every parameter of `engine` has the value that it takes when published in `dtype`."""
+    if dtype == torch.float32:
+        yield
+        return
+    exact = engine.snapshot()
+    engine.restore({name: tensor.to(dtype) for name, tensor in exact.items()})
+    try:
+        yield
+    finally:
+        engine.restore(exact)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -199,18 +198,6 @@ class FSDP:
         with torch.no_grad():
             for name, parameter in self._parameters():
                 parameter.to_local().copy_(snapshot[name])
-
-    @contextmanager
-    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
-        if dtype == torch.float32:
-            yield
-            return
-        exact = self.snapshot()
-        self.restore({name: tensor.to(dtype) for name, tensor in exact.items()})
-        try:
-            yield
-        finally:
-            self.restore(exact)
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         self._reshard()

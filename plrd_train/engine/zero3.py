@@ -5,7 +5,6 @@ import math
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -226,18 +225,6 @@ class Zero3:
             for name, parameter in self._parameters():
                 self._write(parameter, snapshot[name].float())
         self._publish()
-
-    @contextmanager
-    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
-        if dtype == torch.float32:
-            yield
-            return
-        exact = self.snapshot()
-        self.restore({name: tensor.to(dtype) for name, tensor in exact.items()})
-        try:
-            yield
-        finally:
-            self.restore(exact)
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, parameter in self._parameters():

@@ -10,6 +10,7 @@ from sharded import OPTIMIZER, architecture, batches, empty, factor, live_bytes,
 from tiny_parents import save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from plrd_train.engine import rounded
 from plrd_train.errors import UserError
 from plrd_train.hub.models import HubArchitecture
 from plrd_train.hub.parents import load_config, open_parent
@@ -180,17 +181,17 @@ def test_checkpoints_are_exact_on_any_number_of_ranks(save_parent, tmp_path, eng
     assert {path.suffix for path in Path(tmp_path / "saved").rglob("*") if path.is_file()} <= {".safetensors", ".json"}  # no pickle
 
 
-def rounded(world, name, folder, tokens):
+def published_logits(world, name, folder, tokens):
     engine = opened(world, name, folder)
     before = logits(engine, tokens)
-    with engine.rounded(torch.bfloat16):
+    with rounded(engine, torch.bfloat16):
         inside = logits(engine, tokens)
     return before, inside, logits(engine, tokens)
 
 
 def test_rounded_weights_are_those_that_are_published(save_parent, tokens, engine):
     folder, model = save_parent("qwen2")
-    before, inside, after = run_ranks(2, rounded, engine, folder, tokens)[1]
+    before, inside, after = run_ranks(2, published_logits, engine, folder, tokens)[1]
     with torch.no_grad():
         for parameter in model.parameters():  # not the buffers, which .bfloat16() would round too
             parameter.copy_(parameter.bfloat16())
