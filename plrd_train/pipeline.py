@@ -70,7 +70,7 @@ def compress(run: Run, stage: Stage, progress: Progress) -> tuple[dict, dict[str
         "name": stage.name,
         "ratio_requested": stage.ratio,
         "ratio": ratio_of(shapes, wanted),
-        "params": run.params(),
+        "params": run.engine.params(),
         "linear_params": sum(shape.params(wanted.get(name)) for name, shape in shapes.items()),
         "ranks": wanted,
         "path": f"members/{stage.name}",

@@ -106,7 +106,12 @@ class Run:
             self._tracker.rewind(0)
             if not self.family.parent:
                 evaluated = self.evaluate("of the parent")
-                self.family.parent = {"path": self.config.parent.path, "revision": self.parent.revision, "params": self.params(), "eval": evaluated}
+                self.family.parent = {
+                    "path": self.config.parent.path,
+                    "revision": self.parent.revision,
+                    "params": self.engine.params(),
+                    "eval": evaluated,
+                }
                 self.world.on_main(self.family.write)
             return progress
         if not self.family.parent:
@@ -146,10 +151,6 @@ class Run:
         if stage.ratio > 1 and not ranks:
             raise SharedError(f"ranks.multiple: at {stage.ratio:g}x every rank is below {self.config.ranks.multiple}; choose a smaller multiple")
         return ranks
-
-    def params(self) -> int:
-        """All parameters of the model in the engine, tied ones once."""
-        return self.engine.params()
 
     def position(self) -> dict[str, Any]:
         """The data position over all ranks."""

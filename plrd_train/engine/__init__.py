@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from plrd_train.errors import UserError
 from plrd_train.lowrank.distributed import Decomposed, Shards
 from plrd_train.world import World
 
@@ -130,3 +131,17 @@ def rounded(engine: Engine, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         engine.restore(exact)
+
+
+def check_shape(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
+    """Raise UserError where `weights` hold the parameter `name` in another shape than the `shape` of the model. Not a collective."""
+    if weights.shape(name) != shape:
+        raise UserError(f"tensor {name} is {tuple(weights.shape(name))}, but config.json makes it {tuple(shape)}: they do not belong together")
+
+
+def put_factors(shards: dict[str, Tensor], factors: Mapping[str, Decomposed]) -> None:
+    """Turn the `shards` of a model, by parameter name, into those of the model whose Linears in `factors` take these; a bias goes with `up`."""
+    for name, made in factors.items():
+        shards[f"{name}.up.weight"], shards[f"{name}.down.weight"] = made.up, made.down
+        if f"{name}.bias" in shards:
+            shards[f"{name}.up.bias"] = shards.pop(f"{name}.bias")

@@ -13,8 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from plrd_train.engine import AdamW, Architecture, Weights, _saved
-from plrd_train.errors import UserError
+from plrd_train.engine import AdamW, Architecture, Weights, _saved, check_shape, put_factors
 from plrd_train.lowrank.distributed import Decomposed
 from plrd_train.world import SharedError, World
 
@@ -69,10 +68,7 @@ class FSDP:
 
     def _fill(self, weights: Weights) -> None:
         for name, parameter in self._parameters():
-            if weights.shape(name) != parameter.shape:
-                raise UserError(
-                    f"tensor {name} is {tuple(weights.shape(name))}, but config.json makes it {tuple(parameter.shape)}: they do not belong together"
-                )
+            check_shape(weights, name, parameter.shape)
             local = parameter.to_local()
             start = min(self._chunk(parameter.shape[0]) * self._shard.get_local_rank(), parameter.shape[0])
             with torch.no_grad():
@@ -82,10 +78,7 @@ class FSDP:
         self._reshard()
         self._optimizer = None  # its states belong to parameters that end here
         old = {name: parameter.to_local().detach() for name, parameter in self._parameters()}
-        for name, made in factors.items():
-            old[f"{name}.up.weight"], old[f"{name}.down.weight"] = made.up, made.down
-            if f"{name}.bias" in old:
-                old[f"{name}.up.bias"] = old.pop(f"{name}.bias")
+        put_factors(old, factors)
         self.model = self._build(architecture)
         with torch.no_grad():
             for name, parameter in self._parameters():

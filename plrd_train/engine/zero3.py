@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from plrd_train.engine import AdamW, Architecture, Weights, _deepspeed, _saved
-from plrd_train.errors import UserError
+from plrd_train.engine import AdamW, Architecture, Weights, _deepspeed, _saved, check_shape, put_factors
 from plrd_train.lowrank.distributed import Decomposed
 from plrd_train.world import World
 
@@ -96,10 +95,7 @@ class Zero3:
     def _fill(self, weights: Weights) -> None:
         for name, parameter in self._parameters():
             shape = parameter.ds_shape
-            if weights.shape(name) != shape:
-                raise UserError(
-                    f"tensor {name} is {tuple(weights.shape(name))}, but config.json makes it {tuple(shape)}: they do not belong together"
-                )
+            check_shape(weights, name, shape)
             # The rows that cover this rank's slice, which may begin and end inside one.
             row, (start, stop) = math.prod(shape[1:]), self._slice(shape)
             rows = slice(start // row, -(-stop // row))
@@ -109,10 +105,7 @@ class Zero3:
 
     def rebuild(self, architecture: Architecture, factors: Mapping[str, Decomposed]) -> None:
         old = self.snapshot()
-        for name, made in factors.items():
-            old[f"{name}.up.weight"], old[f"{name}.down.weight"] = made.up, made.down
-            if f"{name}.bias" in old:
-                old[f"{name}.up.bias"] = old.pop(f"{name}.bias")
+        put_factors(old, factors)
         self._end()
         self._build(architecture)
         self.restore(old)
