@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint lock clean
+.PHONY: run test test-cluster lint lock clean
 
 run: $(VENV)/.ready
 	launch/local.sh experiment=quickstart $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+
+# Slurm, two hosts and the image: as root on Debian it installs the packages that it needs; elsewhere it skips, with the reason.
+test-cluster: $(VENV)/.ready
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format .

@@ -3,6 +3,10 @@
 Importing this package lets `AutoConfig` and `AutoModelForCausalLM` of transformers load the members of such a family.
 """
 
+import plrd_train.orphans  # noqa: F401  # before the imports that take long
+
+# isort: split
+
 from transformers import AutoConfig
 
 from plrd_train.hub.modeling_plrd import MODEL_TYPE, PlrdConfig

@@ -3,15 +3,19 @@
 import errno
 import os
 import sys
-import time
+import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
-from plrd_train.compose import compose
-from plrd_train.config import from_mapping
+from plrd_train import sweep
 from plrd_train.errors import UserError
+from plrd_train.heartbeat import say
+from plrd_train.heartbeat.link import my_name
+from plrd_train.lock import locked
 from plrd_train.pipeline import make_family
 from plrd_train.run import Run
+from plrd_train.stopping import STATUS, Stopped, StopRequest
 from plrd_train.tracking import console
 from plrd_train.world import SharedError, World
 
@@ -20,54 +24,68 @@ _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM,
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Make the families that the Hydra overrides `arguments` describe. A user's mistake ends the process: status 2, one line on standard error."""
-    world = World.open()
+    """Make the families that the Hydra overrides `arguments` describe.
+
+    Ends the process with one status on all ranks: 2 after a user's mistake and 75 after a request to stop, with one line, and 1 after anything else.
+    """
+    if sweep.is_for_jobs(arguments):
+        sys.exit(sweep.submit(arguments))
+    request = StopRequest()
+    world = _open_world()
     console.set_main(world.is_main)
     try:
-        for source in world.on_main(lambda: _composed(arguments)):
+        for source in world.on_main(lambda: sweep.points(arguments)):
             try:
-                _run(source, world)
+                _run(source, world, request)
             except OSError as error:
                 if error.errno not in _REFUSALS:
                     raise
                 place = error.filename or source["run_dir"]
                 raise UserError(f"{place}: {error.strerror}; mend that, and the same command goes on from where it was stopped") from None
+    except SharedError as error:
+        if world.is_main:
+            say(str(error))
+        world.heartbeat.close()
+        world.heartbeat.leave(2)
     except UserError as error:
-        # Met by this rank alone, or by all of them alike. The launcher ends ranks that wait for this one.
-        if world.is_main or not isinstance(error, SharedError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        _end(2)
-    except RuntimeError as error:
-        if world.size == 1 or "Connection" not in str(error):
-            raise
-        time.sleep(10)  # another rank has gone, and says why; this one only lost the connection to it, and the launcher ends it
-        _end(1)
+        if world.heartbeat.first_to_fail(2, own=True):
+            say(str(error))
+        world.heartbeat.leave(2)
+    except Stopped as stopped:
+        console.say(f"stopped as asked, {stopped}; the same command goes on from there")
+        if world.is_main:
+            request.done()
+        world.close()
+        sys.exit(STATUS)
+    except Exception:  # a defect, or what a collective raises where another rank is lost
+        if world.heartbeat.first_to_fail(1, own=False):
+            traceback.print_exc()
+            if world.size > 1:
+                say(f"rank {world.rank} ({my_name()}) failed by the exception above")
+        world.heartbeat.leave(1)
     world.close()
 
 
-def _composed(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    jobs = compose(arguments)
-    for job in jobs:
-        from_mapping(job)  # for what it raises: all points of a sweep are checked before the first begins
-    return jobs
-
-
-def _run(source: dict[str, Any], world: World) -> None:
-    run = Run(source, world)
+def _open_world() -> World:
     try:
-        family = make_family(run)
-    except BaseException:
-        run.close(exit_code=1)
-        raise
-    run.close()
+        return World.open()
+    except SharedError as error:
+        if os.environ["RANK"] == "0":
+            say(str(error))
+        os._exit(2)
+
+
+def _run(source: dict[str, Any], world: World, request: StopRequest) -> None:
+    with locked(Path(source["run_dir"]), world):
+        run = Run(source, world, request)
+        try:
+            family = make_family(run)
+        except BaseException:
+            run.close(exit_code=1)
+            raise
+        run.close()
     console.family_table(family.parent, family.members)
     console.say(f"{family.folder / 'report' / 'family.png'}")
-
-
-def _end(status: int) -> NoReturn:
-    """Leave at once: an orderly exit would wait in the process group for ranks that are gone."""
-    sys.stdout.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from plrd_train.arguments import Parser, number, whole
 from plrd_train.errors import UserError
 from plrd_train.family import Family
+from plrd_train.plan.command import add_arguments as plan_arguments
 from plrd_train.tracking import console
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ EXAMPLES = """examples:
   plrd evaluate runs/quickstart/members/2.25x --data my_texts/ --json
   plrd generate runs/quickstart/members/2.25x --prompt "Return the"
   plrd report runs/quickstart
+  plrd plan experiment=mistral_7b engine=zero3 --world-size 8 --device H100
 
 FAMILY is the run_dir of a run; MEMBER the folder of one of its members, or any model: a Hugging Face folder or hub id.
 Families are made by: torchrun --nproc_per_node N -m plrd_train experiment=NAME key=value …
@@ -64,6 +67,12 @@ def _report(given: argparse.Namespace) -> dict[str, Any]:
     if not given.json:
         console.say(str(path))
     return {"report": str(path)}
+
+
+def _plan(given: argparse.Namespace) -> dict[str, Any]:
+    from plrd_train.plan import command
+
+    return command.run(given)
 
 
 def _generate(given: argparse.Namespace) -> dict[str, Any]:
@@ -201,16 +210,9 @@ def _fail(message: str) -> int:
     return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises what argparse would print below the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="plrd", description="What one does with a finished family of models.", epilog=EXAMPLES, formatter_class=raw)
+    parser = Parser(prog="plrd", description="What one does with a finished family of models.", epilog=EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"plrd {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -224,56 +226,35 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, "measure held-out perplexity: of one model, or of a family's parent and every member")
     generate = command("generate", _generate, "continue a prompt, greedily unless told otherwise")
     report = command("report", _report, "write the report of a family again and print its path")
+    plan = command("plan", _plan, "say what a run takes before it is launched: memory, hours, disk")
 
     for sub in (show, report):
         sub.add_argument("family", metavar="FAMILY", type=Path, help="the run_dir of a family")
     evaluate.add_argument("model", metavar="MEMBER|FAMILY", help="a member's folder, any other model (folder or hub id), or the run_dir of a family")
     evaluate.add_argument("--data", metavar="CORPUS", help="a folder, glob or hub id of held-out text (default: the family's data.validation)")
     own = "default: as the family's run did, else %s"
-    evaluate.add_argument("--context", metavar="N", type=_whole(2), help=f"tokens read of each document ({own % 256})")
-    evaluate.add_argument("--tokens", metavar="N", type=_whole(1), help=f"predicted tokens, at most ({own % '1,000,000'})")
-    evaluate.add_argument("--batch", metavar="N", type=_whole(1), help=f"documents at once, a matter of speed and memory ({own % 8})")
+    evaluate.add_argument("--context", metavar="N", type=whole(2), help=f"tokens read of each document ({own % 256})")
+    evaluate.add_argument("--tokens", metavar="N", type=whole(1), help=f"predicted tokens, at most ({own % '1,000,000'})")
+    evaluate.add_argument("--batch", metavar="N", type=whole(1), help=f"documents at once, a matter of speed and memory ({own % 8})")
     evaluate.add_argument("--dtype", choices=("fp32", "bf16"), help=f"what it computes in; the weights are as published ({own % 'fp32'})")
     evaluate.add_argument("--skip-bad", action="store_true", help="leave bad lines of the corpus out and count them instead of ending")
     generate.add_argument("model", metavar="MEMBER|PARENT", help="a member's folder, or any other model (folder or hub id)")
     generate.add_argument("--prompt", metavar="P", required=True, help="the text to continue")
     generate.add_argument(
-        "--max-tokens", metavar="N", type=_whole(1), default=128, help="tokens to write, fewer where text or context ends (default: %(default)s)"
+        "--max-tokens", metavar="N", type=whole(1), default=128, help="tokens to write, fewer where text or context ends (default: %(default)s)"
     )
     generate.add_argument(
         "--temperature",
         metavar="T",
-        type=_temperature,
+        type=number(),
         default=0.0,
         help="0: always the likeliest token; above: sample from softmax(logits / temperature)",
     )
     generate.add_argument("--seed", metavar="N", type=int, default=0, help="of the sampling (default: %(default)s)")
+    plan_arguments(plan)
     for sub in (evaluate, generate):
         sub.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code, where the model brings some")
     return parser
-
-
-def _whole(least: int) -> Any:
-    def parse(text: str) -> int:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not number.is_integer() or number < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
-        return int(number)
-
-    return parse
-
-
-def _temperature(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"{text} is no number of at least 0")
-    return number
 
 
 def _version() -> str:

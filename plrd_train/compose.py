@@ -1,8 +1,10 @@
-"""From Hydra overrides to resolved mappings: the only place, with __main__ and cli, that knows Hydra."""
+"""From Hydra overrides to resolved mappings: the only place, with sweep, __main__ and cli, that knows Hydra."""
 
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,49 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
     Raises UserError with one line where Hydra or OmegaConf cannot compose them; what the keys mean is checked by `plrd_train.config`.
     """
-    composed: list[DictConfig] = []
+    jobs: list[Any] = []
+    failures: list[Exception] = []
+
+    def resolve(config: DictConfig) -> None:  # called by Hydra, as long as `${hydra:job.num}` means something
+        try:
+            jobs.append(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        except Exception as error:  # Hydra would print it
+            failures.append(error)
+
+    first = next((i for i, argument in enumerate(arguments) if "=" in argument and argument[0] != "-"), len(arguments))
+    with tempfile.TemporaryDirectory() as folder:  # for what Hydra records of a sweep
+        call_hydra([*arguments[:first], f"hydra.sweep.dir='{folder}'", *arguments[first:]], resolve)
+    with _in_one_line():
+        for failure in failures:
+            raise failure
+    return jobs
+
+
+def call_hydra(arguments: Sequence[str], task: Callable[[DictConfig], None]) -> None:
+    """Let Hydra compose each job that `arguments` describe, and its launcher call `task` with it.
+
+    Raises UserError as `compose` does, and what `task` raises.
+    """
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [sys.argv[0], *(_permissive(argument) for argument in arguments if not argument.startswith("--local_rank"))]
+    ordered = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra takes no flag between two overrides
+    sys.argv = [sys.argv[0], *(_permissive(argument) for argument in ordered if not argument.startswith("--local_rank"))]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(composed.append)()
-        return [OmegaConf.to_container(config, resolve=True, throw_on_missing=True) for config in composed]  # type: ignore[misc]
+        with _in_one_line():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    finally:
+        sys.argv = before[0]
+        if before[1] is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before[1]
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """What Hydra and OmegaConf raise in here, as a UserError."""
+    try:
+        yield
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: this key has no value yet; give {error.full_key}=…") from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises the latter for a group that is no name
@@ -39,18 +77,11 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
     except SystemExit as end:  # Hydra's argument parser: it has printed help, or what is wrong
         if end.code:
             raise UserError("the arguments are no Hydra overrides; see the line above") from None
-        return []
-    finally:
-        sys.argv = before[0]
-        if before[1] is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before[1]
 
 
 def _permissive(argument: str) -> str:
     """`key=value` as `++key=value`, which Hydra takes whether the key exists or not: unknown keys are named by our own schema, in one line."""
     key, equals, _ = argument.partition("=")
-    if not equals or argument[0] in "+~-" or (CONF / key).is_dir():
+    if not equals or argument[0] in "+~-" or key.startswith("hydra") or (CONF / key).is_dir():
         return argument
     return f"++{argument}"

@@ -132,6 +132,15 @@ class Recover:
 
 
 @section
+class Checkpoint:
+    """A stage that is under way is saved every so many tokens or minutes (null: not by that measure), and the newest `keep` checkpoints stay."""
+
+    tokens: Positive | None
+    minutes: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None
+    keep: Positive
+
+
+@section
 class Evaluation:
     context: Annotated[Positive, Field(ge=2)]
     tokens: Positive
@@ -173,6 +182,7 @@ class Config:
     factorizer: Chosen
     ranks: Ranks
     recover: Recover
+    checkpoint: Checkpoint
     objective: Chosen
     engine: Chosen
     evaluation: Evaluation
@@ -266,6 +276,9 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"recover.global_batch_tokens: {config.recover.global_batch_tokens} is less than one sequence (data.seq_len={config.data.seq_len})"
         )
+    calibration = getattr(config.factorizer.settings, "calibration_tokens", config.data.seq_len)
+    if calibration < config.data.seq_len:
+        raise UserError(f"factorizer.calibration_tokens: {calibration} is less than one sequence (data.seq_len={config.data.seq_len})")
     for budget in stages.budgets():
         if budget < config.recover.global_batch_tokens:
             raise UserError(

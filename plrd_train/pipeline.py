@@ -8,9 +8,9 @@ of their product, so that a Linear always stays two factors and the depth never 
 import time
 
 from plrd_train.family import Family
-from plrd_train.lowrank.distributed import changes, decompose
+from plrd_train.lowrank.distributed import Decomposed, changes, decompose
 from plrd_train.lowrank.ranks import ratio_of
-from plrd_train.recover.checkpoint import Progress
+from plrd_train.recover.progress import Progress, UnderWay
 from plrd_train.run import Run, Stage
 
 
@@ -27,46 +27,48 @@ def make_family(run: Run) -> Family:
 
 def make_member(run: Run, stage: Stage, progress: Progress) -> Progress:
     """One stage: the trunk in the engine becomes the next, smaller trunk, and a member of it is published."""
-    entry, ranks = compress(run, stage, progress)
-    entry["eval_factored"] = run.evaluate("straight after factoring", stage)
-
-    start = time.perf_counter()
-    recovered = run.recover(stage)
-    entry["seconds"]["recover"] = time.perf_counter() - start
+    run.stop_if_asked(f"before stage {stage.index}")
+    under_way = progress.under_way or compress(run, stage, progress)
+    recovered, seconds = run.recover(stage, progress, under_way)
     spent = recovered.trunk_tokens + recovered.branch_tokens
-    entry |= {
+    entry = under_way.entry | {
         "tokens_stage": spent,
-        "tokens_total": progress.tokens_total + spent,
+        "tokens_total": run.counters.tokens_total,
         "tokens_lineage": progress.tokens_lineage + spent,
+        "seconds": {**under_way.entry["seconds"], "recover": seconds},
     }
     progress = Progress(
         stages=stage.index,
-        steps=run.counters.steps,
-        tokens_total=progress.tokens_total + spent,
-        tokens_lineage=progress.tokens_lineage + recovered.trunk_tokens,
-        domain_tokens=run.counters.domain_tokens,
-        ranks=ranks,
+        counters=run.counters.now(),
         position=run.position(),
+        tokens_lineage=progress.tokens_lineage + recovered.trunk_tokens,
+        ranks=under_way.ranks,
         entry=entry,
+        branched=recovered.member is not None,
     )
-    trunk = run.engine.snapshot() if recovered.member is not None else None
-    run.checkpoints.save(progress, recovered.member)  # from here on a restart publishes, but trains no more
+    trunk = run.engine.snapshot()
+    run.checkpoints.save(progress, trunk, recovered.member)
+    if recovered.member is not None:
+        run.engine.restore(recovered.member)
     publish(run, progress)
-    if trunk is not None:
+    if recovered.member is not None:
         run.engine.restore(trunk)
     return progress
 
 
-def compress(run: Run, stage: Stage, progress: Progress) -> tuple[dict, dict[str, int]]:
-    """Factor the trunk in the engine to the ranks of `stage`. Returns the member's entry so far, and the ranks of the new trunk."""
+def compress(run: Run, stage: Stage, progress: Progress) -> UnderWay:
+    """Factor the trunk in the engine to the ranks of `stage`. Returns the stage as it begins to train."""
     start = time.perf_counter()
     shapes = run.shapes()
     wanted = run.ranks(stage, shapes)
+    factors: dict[str, Decomposed] = {}
     with run.factoring(stage, changes(shapes, wanted)) as on_done:
-        factors = decompose(run.engine, shapes, changes(shapes, wanted), run.config.factorizer.settings, on_done)
+        for part, statistics in run.calibrated(stage, shapes, changes(shapes, wanted)):
+            ranks = {name: wanted[name] for name in part}
+            factors |= decompose(run.engine, shapes, ranks, run.config.factorizer.settings, on_done, statistics)
     ranks = {**progress.ranks, **wanted}
     run.engine.rebuild(run.architecture(ranks), factors)
-    return {
+    entry = {
         "name": stage.name,
         "ratio_requested": stage.ratio,
         "ratio": ratio_of(shapes, wanted),
@@ -78,13 +80,17 @@ def compress(run: Run, stage: Stage, progress: Progress) -> tuple[dict, dict[str
         "engine": run.config.engine.name,
         "world_size": run.world.size,
         "seconds": {"factor": time.perf_counter() - start},
-    }, ranks
+    }
+    entry["eval_factored"] = run.evaluate("straight after factoring", stage)
+    return UnderWay(entry, ranks)
 
 
 def publish(run: Run, progress: Progress) -> None:
     """Evaluate the member in the engine on its weights as published, write its folder, and list it in family.json."""
     entry = dict(progress.entry or {})
+    run.stop_if_asked(f"before member {entry['name']} is published")
     start = time.perf_counter()
     entry["eval"] = run.evaluate("after recovery", run.stages[progress.stages - 1])
     entry["seconds"] = {**entry["seconds"], "evaluate": time.perf_counter() - start}
+    run.checkpoints.wait()  # from here on a restart trains no more
     run.publish(entry, progress.ranks)

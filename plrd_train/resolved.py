@@ -13,7 +13,18 @@ from plrd_train.family import write_atomically
 # What may differ from run to run: names, tracking, and what follows the number of ranks. The stages are compared apart.
 # data.skip_bad is how a run goes on that met a bad line: it changes nothing of what was read before.
 # Revisions may be asked for by a branch or tag: they are compared as commits, by `refuse_moved`.
-_FREE = ("run_dir", "experiment", "recipe", "tracking.", "engine.replicas", "stages.", "data.skip_bad", "parent.revision", "data.revision")
+_FREE = (
+    "run_dir",
+    "experiment",
+    "recipe",
+    "tracking.",
+    "checkpoint.",
+    "engine.replicas",
+    "stages.",
+    "data.skip_bad",
+    "parent.revision",
+    "data.revision",
+)
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:

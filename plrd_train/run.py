@@ -1,7 +1,8 @@
 """One run: the parent, data, engine and records that the pipeline works on, opened from a config."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from plrd_train import resolved
 from plrd_train.config import from_mapping
+from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.embedded import write_corpus
@@ -22,13 +24,18 @@ from plrd_train.hub.modeling_plrd import model_ranks
 from plrd_train.hub.models import HubArchitecture
 from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, open_parent
 from plrd_train.hub.weights import WeightReader, parent_dtype
+from plrd_train.lowrank.calibration import collect
 from plrd_train.lowrank.distributed import Decomposed, DecompositionError
+from plrd_train.lowrank.factorizers import Statistic
 from plrd_train.lowrank.ranks import ALLOCATIONS, Shape
 from plrd_train.lowrank.surgery import eligible_linears
-from plrd_train.recover.checkpoint import Checkpoints, Progress
-from plrd_train.recover.loop import Counters, Recovered
+from plrd_train.recover.checkpoint import Checkpoints, Snapshot
+from plrd_train.recover.loop import Recovered, optimizer_of
+from plrd_train.recover.pauses import Pauses
+from plrd_train.recover.progress import Counters, Progress, UnderWay
 from plrd_train.recover.schedule import peak_rate
 from plrd_train.scratch import train_parent
+from plrd_train.stopping import Stopped, StopRequest
 from plrd_train.tracking import console
 from plrd_train.tracking.report import write_report
 from plrd_train.tracking.tracker import open_tracker
@@ -53,9 +60,10 @@ class Stage:
 class Run:
     """What `plrd_train.pipeline` works on. Opening it checks everything that can be wrong with the input; methods are collectives."""
 
-    def __init__(self, source: Mapping[str, Any], world: World):
-        """Open the run of the resolved mapping `source` (the shape of conf/config.yaml), anew or where it was stopped. Raises UserError."""
-        self.world = world
+    def __init__(self, source: Mapping[str, Any], world: World, request: StopRequest):
+        """Open the run of the resolved mapping `source` (the shape of conf/config.yaml), anew or where it was stopped. Raises UserError, and Stopped
+        if that is asked for by `request`."""
+        self.world, self._request = world, request
         before = world.on_main(lambda: resolved.read(Path(source["run_dir"])))
         source = resolved.pinned(dict(source), before)
         self.config = config = from_mapping(source)
@@ -72,7 +80,7 @@ class Run:
         self._train = world.on_main(lambda: resolve_corpus(config.data.train, "train", config.data.revision))
         held_out = world.on_main(lambda: resolve_corpus(config.data.validation, "validation", config.data.revision))
         if config.parent.scratch is not None:
-            train_parent(config, world, self.engine, self._train)
+            train_parent(config, world, self.engine, self._train, request)
         remote_code = config.parent.trust_remote_code
         parent = world.on_main(lambda: open_parent(config.parent.path, config.parent.revision or "main", remote_code))
         self.parent = world.node_by_node(lambda: on_this_node(parent, remote_code))
@@ -86,10 +94,12 @@ class Run:
         world.on_main(lambda: resolved.refuse_moved(pins, before))
         source = {**source, **{group: {**source[group], "revision": revision} for group, revision in pins.items()}}
         world.on_main(lambda: resolved.write(source, run_dir))
+        world.on_main(lambda: request.watch(run_dir / "stop"))
 
         self.family: Family = world.on_main(lambda: Family.read(run_dir, must_exist=False))
-        self.checkpoints = Checkpoints(run_dir, self.engine)
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, config.checkpoint.keep)
         self.counters = Counters()
+        self._branch_of: Snapshot | None = None  # the trunk, of a stage that goes on in its branch
         self._loader = world.on_all(lambda: open_loader(config, world, self._train, self.tokenizer))
         self._tracker = open_tracker(config, world, run_dir, sum(budgets))
 
@@ -117,21 +127,24 @@ class Run:
         if not self.family.parent:
             raise SharedError(f"{self.run_dir / 'family.json'}: lost, though checkpoints/ holds this run; restore it, or use another run_dir")
         published = progress.entry is None or self.family.has(progress.entry["name"])
-        load = self.checkpoints.load_trunk if published else self.checkpoints.load_member
-        load(progress, self.architecture(progress.ranks))
+        if progress.under_way is not None:
+            architecture = self.architecture(progress.under_way.ranks)
+            self._branch_of = self.checkpoints.load_stage(progress, architecture, optimizer_of(self.config.recover))
+        else:
+            self.checkpoints.load(progress, self.architecture(progress.ranks), member=not published)
         if progress.position is not None:
             position = progress.position
             self.world.on_all(lambda: self._loader.seek(position))
         if progress.stages < len(self.stages):
             self.world.on_all(self._loader.check)
-        self.counters = Counters(progress.steps, progress.tokens_total, 0, dict(progress.domain_tokens))
-        self._tracker.rewind(progress.steps)
+        self.counters = progress.counters.now()
+        self._tracker.rewind(self.counters.steps)
         if published and self.world.is_main:
             write_report(self.run_dir)  # the run may have been stopped just before it
         return progress
 
     def load_trunk(self, progress: Progress) -> None:
-        self.checkpoints.load_trunk(progress, self.architecture(progress.ranks))
+        self.checkpoints.load(progress, self.architecture(progress.ranks))
 
     def architecture(self, ranks: Mapping[str, int] | None) -> HubArchitecture:
         """The parent's architecture with exactly these Linears low-rank; None: those of the parent itself."""
@@ -181,23 +194,67 @@ class Run:
             except DecompositionError as error:
                 raise SharedError(f"{self.config.parent.path}: {error}") from None
 
-    def recover(self, stage: Stage) -> Recovered:
-        """Train the trunk in the engine on the stage's budget."""
+    def calibrated(
+        self, stage: Stage, shapes: Mapping[str, Shape], names: Collection[str]
+    ) -> Iterator[tuple[Collection[str], Mapping[str, Statistic]]]:
+        """The Linears `names` in the parts in which they are factored, and what the method needs to know of those of a part that this rank owns, as
+        they are in the engine now."""
+        settings, config = self.config.factorizer.settings, self.config
+        if settings.statistics is None:
+            yield names, {}
+            return
+        batches = self.world.on_all(
+            lambda: calibration_batches(
+                self._train,
+                self.tokenizer,
+                tokens=settings.calibration_tokens,
+                seq_len=config.data.seq_len,
+                streams=config.data.streams,
+                seed=config.seed,
+                append_eos=config.data.append_eos,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                batch=config.recover.micro_batch,
+                skip_bad=config.data.skip_bad,
+            )
+        )
+        tokens = sum(self.world.share(sum(batch.numel() for batch in batches)))
+        self._tracker.log_event("calibration", {"stage/index": stage.index, "calibration/tokens": tokens})
+        yield from collect(self.engine, settings.statistics, shapes, names, batches)
+
+    def recover(self, stage: Stage, progress: Progress, under_way: UnderWay) -> tuple[Recovered, float]:
+        """Train the trunk in the engine on the stage's budget, from where the stage stands. Returns with it the seconds of training, of earlier
+        starts too. Raises Stopped if that is asked for."""
         peak = peak_rate(self.config.recover, self._parent_config.get_text_config().hidden_size)
-        fields = {"stage/index": stage.index, "stage/ratio": stage.ratio}
-        title = f"stage {stage.index}: recover at {stage.ratio:g}x"
-        return train(
+        trunk, self._branch_of = self._branch_of, None
+        start = time.perf_counter() - under_way.seconds
+
+        def progress_after(steps: int, in_branch: bool) -> Progress:
+            now = dataclasses.replace(under_way, steps=steps, seconds=time.perf_counter() - start, in_branch=in_branch)
+            return dataclasses.replace(progress, counters=self.counters.now(), position=self.position(), under_way=now)
+
+        recovered = train(
             self.config,
             self.engine,
             self._parent_config,
             self._loader,
             self.counters,
             self._tracker,
-            title=title,
+            Pauses(self.config.checkpoint, self._request, self.checkpoints, progress_after),
+            title=f"stage {stage.index}: recover at {stage.ratio:g}x",
             tokens=stage.tokens,
             peak=peak,
-            fields=fields,
+            fields={"stage/index": stage.index, "stage/ratio": stage.ratio},
+            done=under_way.steps,
+            trunk=trunk,
         )
+        return recovered, time.perf_counter() - start
+
+    def stop_if_asked(self, where: str) -> None:
+        """Raise Stopped, on all ranks, if one of them was asked to stop. A collective."""
+        if any(self.world.share(self._request.asked())):
+            self.checkpoints.wait()
+            raise Stopped(where)
 
     def evaluate(self, when: str, stage: Stage | None = None) -> dict[str, Any]:
         """Held-out perplexity of the model in the engine, on its weights as they would be published."""
@@ -225,4 +282,5 @@ class Run:
     def close(self, exit_code: int = 0) -> None:
         """End the loader's thread and the records; the run can be opened again."""
         self._loader.close()
+        self.checkpoints.close()
         self._tracker.close(exit_code)

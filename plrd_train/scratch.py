@@ -9,12 +9,17 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from plrd_train.config import Config, Scratch
 from plrd_train.data.corpus import Corpus
 from plrd_train.data.embedded import train_tokenizer
+from plrd_train.data.loader import merge_positions
 from plrd_train.engine import Engine
 from plrd_train.errors import UserError
 from plrd_train.hub.members import publish
 from plrd_train.hub.models import HubArchitecture, build_model
 from plrd_train.hub.parents import Parent
-from plrd_train.recover.loop import Counters
+from plrd_train.recover.checkpoint import Checkpoints
+from plrd_train.recover.loop import optimizer_of
+from plrd_train.recover.pauses import Pauses
+from plrd_train.recover.progress import Progress, UnderWay
+from plrd_train.stopping import StopRequest
 from plrd_train.tracking.tracker import open_tracker
 from plrd_train.training import open_loader, train
 from plrd_train.world import World
@@ -56,32 +61,62 @@ class RandomWeights:
         return self._filled[1][leaf][rows]
 
 
-def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus) -> None:
-    """Train the parent that `parent.scratch` describes and publish it as `parent.path`, a plain Hugging Face folder; one that is there is kept."""
-    scratch, folder = config.parent.scratch, Path(config.parent.path)
+def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, request: StopRequest) -> None:
+    """Train the parent that `parent.scratch` describes and publish it as `parent.path`, a plain Hugging Face folder; one that is there is kept. Goes
+    on from its checkpoint, as a stage does. Raises Stopped if `request` asks for that."""
+    scratch, folder, home = config.parent.scratch, Path(config.parent.path), Path(config.run_dir) / "scratch"
     assert scratch is not None
     if world.on_main(folder.exists):
         return
     tokenizer_folder = folder.with_name(folder.name + "-tokenizer")
     tokenizer = world.on_main(lambda: _tokenizer(scratch, config, tokenizer_folder))
-    architecture = world.on_main(lambda: _architecture(scratch, tokenizer))
-    engine.load(HubArchitecture(architecture), RandomWeights(architecture, config.seed))
+    model_config = world.on_main(lambda: _architecture(scratch, tokenizer))
+    architecture = HubArchitecture(model_config)
+    checkpoints = Checkpoints(home / "checkpoints", engine, config.checkpoint.keep)
     loader = world.on_all(lambda: open_loader(config, world, corpus, tokenizer))
-    tracker = open_tracker(config, world, Path(config.run_dir) / "scratch", scratch.tokens)
-    tracker.rewind(0)
-    fields = {"stage/index": 0, "stage/ratio": 1.0}
+    tracker = open_tracker(config, world, home, scratch.tokens)
+    trunk, progress = None, checkpoints.latest()
+    if progress is None:
+        progress = Progress()
+        engine.load(architecture, RandomWeights(model_config, config.seed))
+    else:
+        trunk = checkpoints.load_stage(progress, architecture, optimizer_of(config.recover))
+        assert progress.position is not None
+        loader.seek(progress.position)
+    counters, done = progress.counters.now(), progress.counters.steps
+    tracker.rewind(done)
+
+    def progress_after(steps: int, in_branch: bool) -> Progress:
+        position = merge_positions(world.share(loader.position()))
+        return Progress(counters=counters.now(), position=position, under_way=UnderWay(entry={}, ranks={}, steps=steps, in_branch=in_branch))
+
     try:
         trained = train(
-            config, engine, architecture, loader, Counters(), tracker, title="train the parent", tokens=scratch.tokens, peak=scratch.lr, fields=fields
+            config,
+            engine,
+            model_config,
+            loader,
+            counters,
+            tracker,
+            Pauses(config.checkpoint, request, checkpoints, progress_after),
+            title="train the parent",
+            tokens=scratch.tokens,
+            peak=scratch.lr,
+            fields={"stage/index": 0, "stage/ratio": 1.0},
+            done=done,
+            trunk=trunk,
         )
+        checkpoints.wait()
     finally:
         loader.close()
+        checkpoints.close()
         tracker.close()
     if trained.member is not None:
         engine.restore(trained.member)
     card = CARD.format(params=engine.params(), tokens=scratch.tokens, corpus=config.data.train)
     source = Parent(config.parent.path, None, str(tokenizer_folder), {})
-    publish(engine, folder, config=architecture, ranks={}, dtype=torch.float32, parent=source, card=card)
+    publish(engine, folder, config=model_config, ranks={}, dtype=torch.float32, parent=source, card=card)
+    world.on_main(checkpoints.remove)
 
 
 def _tokenizer(scratch: Scratch, config: Config, folder: Path) -> PreTrainedTokenizerBase:

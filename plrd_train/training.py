@@ -1,6 +1,7 @@
 """Training as a run does it: the loader and loop of `data` and `recover`, with progress on the console and a record of each step."""
 
 from collections.abc import Mapping
+from contextlib import closing
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -8,8 +9,12 @@ from plrd_train.config import Config
 from plrd_train.data.corpus import Corpus
 from plrd_train.data.loader import Loader
 from plrd_train.engine import Engine
-from plrd_train.recover.loop import Counters, Recovered, Trainer
+from plrd_train.recover.checkpoint import Snapshot
+from plrd_train.recover.exchange import Exchange
+from plrd_train.recover.loop import Recovered, Trainer
+from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
+from plrd_train.recover.progress import Counters
 from plrd_train.tracking import console
 from plrd_train.tracking.tracker import Tracker
 from plrd_train.world import World
@@ -38,17 +43,21 @@ def train(
     loader: Loader,
     counters: Counters,
     tracker: Tracker,
+    pauses: Pauses,
     *,
     title: str,
     tokens: int,
     peak: float,
     fields: Mapping[str, float],
+    done: int = 0,
+    trunk: Snapshot | None = None,
 ) -> Recovered:
-    """Train the engine's model on `tokens` tokens at the peak learning rate `peak`; `fields` go into the record of each step."""
+    """Train the engine's model on `tokens` tokens at the peak learning rate `peak`, of which `done` steps are made already (see `Trainer.recover`);
+    `fields` go into the record of each step."""
     text, seq_len = architecture.get_text_config(), config.data.seq_len
     perf = Perf.of_model(engine.params(), text.num_hidden_layers, text.hidden_size, seq_len, engine.world_size, engine.device)
     epoch = loader.epoch
-    with console.progress(title, tokens, "tokens") as bar:
+    with console.progress(title, tokens, "tokens") as bar, closing(Exchange(engine.world)) as exchange:
 
         def on_step(metrics: dict[str, float]) -> None:
             nonlocal epoch
@@ -58,5 +67,6 @@ def train(
                 epoch = int(metrics["data/epoch"])
                 console.say(f"data.train holds fewer tokens than the budget: epoch {epoch + 1} of it begins, in another order")
 
-        trainer = Trainer(engine, loader, config.objective.settings, config.recover, seq_len, perf, counters, on_step)
-        return trainer.recover(tokens, peak)
+        trainer = Trainer(engine, loader, config.objective.settings, config.recover, seq_len, config.seed, perf, counters, exchange, on_step)
+        bar.update(done * trainer.step_tokens)
+        return trainer.recover(tokens, peak, pauses, done, trunk)

@@ -1,15 +1,21 @@
 """The ranks of this run: process groups, and errors that all of them share."""
 
+import dataclasses
 import datetime
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from plrd_train.errors import UserError
+from plrd_train.heartbeat import Heartbeat
+from plrd_train.heartbeat.hub import Hub
+from plrd_train.heartbeat.spoke import Spoke
+from plrd_train.network import choose_interface
+from plrd_train.orphans import die_with_launcher
 
 T = TypeVar("T")
 # Loading, factoring and compiling a 7B parent keep ranks apart for long before the first step.
@@ -27,19 +33,37 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # of all ranks; None: the default one
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @classmethod
     def open(cls) -> "World":
-        """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, …), or make one of a single rank."""
+        """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, …), or make one of a single rank.
+
+        From here on this process dies with its launcher, and with the other ranks. Raises UserError where ranks do not reach each other.
+        """
+        die_with_launcher()
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
+        if size > 1:
+            choose_interface()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if "MASTER_ADDR" not in os.environ else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        return cls(rank, size, device)
+        world = cls(rank, size, device)
+        if size == 1:
+            return world
+        hub = Hub(size) if rank == 0 else None
+        address = world.on_main(lambda: hub.address if hub else None)
+        assert address is not None
+        return dataclasses.replace(world, heartbeat=world.on_all(lambda: hub.start() if hub else Spoke(rank, address)))
+
+    def beside(self) -> "World":
+        """The same ranks over a group of their own on the CPU, for what another thread exchanges. A collective."""
+        return dataclasses.replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
     def is_main(self) -> bool:
@@ -53,7 +77,7 @@ class World:
                 box[0] = work()
             except UserError as error:
                 box[1] = str(error)
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
         if box[1] is not None:
             raise SharedError(box[1])
         return box[0]
@@ -79,8 +103,10 @@ class World:
     def share(self, value: T) -> list[T]:
         """The (small, picklable) `value` of every rank, in rank order, on every rank."""
         values: list = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def close(self) -> None:
+        """Leave in order, rank 0 last."""
         dist.destroy_process_group()
+        self.heartbeat.close()

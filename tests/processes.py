@@ -7,7 +7,8 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -34,28 +35,32 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
     `function` is a module-level one. The first exception of a rank is raised here with that rank's traceback.
     """
-    pipes, processes = [], []
+    pipes: dict[Any, int] = {}
+    processes = []
     for environment in _environments(world_size):
         ours, theirs = _context.Pipe(duplex=False)
         process = _context.Process(target=_child, args=(theirs, environment, pickle.dumps((function, arguments))), daemon=True)
         process.start()
         theirs.close()
-        pipes.append(ours)
+        pipes[ours] = len(processes)
         processes.append(process)
-    results = []
+    results, end = {}, time.monotonic() + TIMEOUT_S
     try:
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(TIMEOUT_S):
-                raise TimeoutError(f"rank {rank} of {world_size} did not answer within {TIMEOUT_S} s")
-            failed, value = pickle.loads(pipe.recv_bytes())
-            if failed:
-                raise RuntimeError(f"rank {rank} of {world_size}:\n{value}")
-            results.append(value)
+        while waiting := [pipe for pipe, rank in pipes.items() if rank not in results]:
+            answered = wait(waiting, max(0, end - time.monotonic()))
+            if not answered:
+                raise TimeoutError(f"rank {pipes[waiting[0]]} of {world_size} did not answer within {TIMEOUT_S} s")
+            for pipe in answered:
+                rank = pipes[pipe]
+                failed, value = pickle.loads(pipe.recv_bytes())
+                if failed:
+                    raise RuntimeError(f"rank {rank} of {world_size}:\n{value}")
+                results[rank] = value
     finally:
         for process in processes:
             process.join(0 if len(results) < world_size else 10)
             process.kill()
-    return results
+    return [results[rank] for rank in range(world_size)]
 
 
 @dataclass(frozen=True)
@@ -72,30 +77,71 @@ def run_job(world_size: int, arguments: Sequence[str], prepare: Callable[..., No
 
     `prepare(rank, *prepared)`, a module-level function, runs on each rank first: to break something in that process.
     """
+    with started(world_size, main_job, arguments, prepare, prepared) as job:
+        status, end = 0, time.monotonic() + TIMEOUT_S
+        while running := [process for process in job.processes if process.exitcode is None]:
+            wait([process.sentinel for process in running], max(0, end - time.monotonic()))
+            failed = [process.exitcode for process in job.processes if process.exitcode]
+            if failed and not status:
+                status, end = failed[0], time.monotonic() + GRACE_S
+            elif time.monotonic() >= end:
+                break
+        job.kill()
+        if not status and running:
+            raise TimeoutError(f"{arguments} did not end within {TIMEOUT_S} s:\n{job.out}\n{job.err}")
+        return Ended(status, job.out, job.err)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Ranks that run, and what they have written so far."""
+
+    processes: list[Any]
+    folder: str
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes]
+
+    @property
+    def out(self) -> str:
+        return self._written("out")
+
+    @property
+    def err(self) -> str:
+        return self._written("err")
+
+    def _written(self, name: str) -> str:
+        files = [Path(f"{self.folder}/{rank}.{name}") for rank in range(len(self.processes))]
+        return "".join(file.read_text() for file in files if file.exists())
+
+    def statuses(self, timeout: float) -> list[int | None]:
+        """The exit status of each rank after at most `timeout` seconds; None: it still runs."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def started(world_size: int, function: Callable[..., None], *arguments: Any) -> Iterator[Job]:
+    """`function(*arguments)`, a module-level one, runs on `world_size` ranks, one thread each; what is left of them is killed at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for environment in _environments(world_size):
-            payload = pickle.dumps((list(arguments), prepare, prepared))
-            process = _context.Process(target=_job, args=(environment, f"{folder}/{environment['RANK']}", payload), daemon=True)
-            process.start()
-            processes.append(process)
+        job = Job([], folder)
         try:
-            status, end = 0, time.monotonic() + TIMEOUT_S
-            while running := [process for process in processes if process.exitcode is None]:
-                wait([process.sentinel for process in running], max(0, end - time.monotonic()))
-                failed = [process.exitcode for process in processes if process.exitcode]
-                if failed and not status:
-                    status, end = failed[0], time.monotonic() + GRACE_S
-                elif time.monotonic() >= end:
-                    break
+            for environment in _environments(world_size):
+                payload = pickle.dumps((function, arguments))
+                process = _context.Process(target=_logged, args=(environment, f"{folder}/{environment['RANK']}", payload), daemon=True)
+                process.start()
+                job.processes.append(process)
+            yield job
         finally:
-            for process in processes:
-                process.kill()
-                process.join()
-        written = {name: "".join(Path(f"{folder}/{rank}.{name}").read_text() for rank in range(world_size)) for name in ("out", "err")}
-    if not status and running:
-        raise TimeoutError(f"{arguments} did not end within {TIMEOUT_S} s:\n{written['out']}\n{written['err']}")
-    return Ended(status, written["out"], written["err"])
+            job.kill()
 
 
 def _environments(world_size: int) -> list[dict[str, Any]]:
@@ -128,13 +174,17 @@ def _child(pipe: Any, environment: dict[str, Any], payload: bytes) -> None:
     pipe.send_bytes(pickle.dumps(answer))
 
 
-def _job(environment: dict[str, Any], log: str, payload: bytes) -> None:
+def _logged(environment: dict[str, Any], log: str, payload: bytes) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     _enter(environment)
+    function, arguments = pickle.loads(payload)
+    function(*arguments)
+
+
+def main_job(arguments: Sequence[str], prepare: Callable[..., None] | None, prepared: Sequence[Any]) -> None:
     from plrd_train.__main__ import main
 
-    arguments, prepare, prepared = pickle.loads(payload)
     if prepare is not None:
-        prepare(environment["RANK"], *prepared)
+        prepare(int(os.environ["RANK"]), *prepared)
     main(arguments)

@@ -20,6 +20,7 @@ from plrd_train.cli import main
 from plrd_train.compose import compose
 from plrd_train.pipeline import make_family
 from plrd_train.run import Run
+from plrd_train.stopping import StopRequest
 from plrd_train.tracking import console
 
 CONTEXT, TOKENS = 24, 500
@@ -27,7 +28,7 @@ CONTEXT, TOKENS = 24, 500
 
 def make(world, overrides: list[str]) -> None:
     (source,) = compose(overrides)
-    run = Run(source, world)
+    run = Run(source, world, StopRequest())
     make_family(run)
     run.close()
 

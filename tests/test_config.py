@@ -86,3 +86,10 @@ def test_a_mistake_gives_one_line_that_names_the_key(override, message):
     with pytest.raises(UserError) as error:
         configured(*TINY, override)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["flags first", "overrides first"])
+def test_what_hydra_only_prints(capsys, before):
+    flags, overrides = ["--cfg", "job", "--package", "run_dir"], ["experiment=quickstart", "seed=1"]
+    assert compose(flags + overrides if before else overrides + flags) == []
+    assert capsys.readouterr().out == "runs/quickstart\n"

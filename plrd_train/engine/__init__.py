@@ -9,7 +9,6 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +50,11 @@ class AdamW:
     weight_decay: float
 
 
+# What AdamW keeps beside each parameter, in its shape; and such a state: the name of a moment -> parameter -> a rank's shard.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Moments = Mapping[str, Mapping[str, Tensor]]
+
+
 class Engine(Shards, Protocol):
     """A sharded model in training. Every method is a collective unless it says otherwise: all ranks call it alike."""
 
@@ -61,12 +65,16 @@ class Engine(Shards, Protocol):
         """Build the model sharded and fill each rank's shard from `weights`; what was there before is freed. Raises UserError where shapes differ."""
         ...
 
+    def build(self, architecture: Architecture) -> None:
+        """Build the model sharded, its values undefined; what was there before is freed."""
+        ...
+
     def rebuild(self, architecture: Architecture, factors: Mapping[str, Decomposed]) -> None:
         """Change the structure: the Linears named in `factors` take these, every other parameter keeps its value; the optimizer ends."""
         ...
 
-    def start(self, optimizer: AdamW) -> None:
-        """Begin to train with a fresh optimizer."""
+    def start(self, optimizer: AdamW, steps: int = 0, moments: Moments | None = None) -> None:
+        """Begin to train with a fresh optimizer, or with one that has made `steps` steps and stands at `moments`."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -93,12 +101,14 @@ class Engine(Shards, Protocol):
         """Each whole parameter, one at a time, on rank 0 (None elsewhere), by its state-dict name, tied ones once; float32, on the CPU."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write the float32 model into the new folder `folder`, as safetensors."""
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """A copy, in host memory, of the optimizer's state: MOMENTS -> parameter -> this rank's shard; all zero before the first step. Not a
+        collective."""
         ...
 
-    def load_saved(self, architecture: Architecture, folder: Path) -> None:
-        """Build the model and fill it from what `save` wrote, on any number of ranks."""
+    def sharded(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same memory as DTensors on the CPU, which say what part of the whole each shard is, without padding: of all parameters of the model, or
+        of something of their shape, in host memory. Not a collective."""
         ...
 
 

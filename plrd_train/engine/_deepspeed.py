@@ -71,6 +71,17 @@ def build(architecture: Architecture, dtype: torch.dtype, config: Mapping[str, A
     return model
 
 
+def make_states(optimizer: Any, inner: torch.optim.AdamW, steps: int, moments: tuple[str, ...]) -> None:
+    """Give `inner`, the AdamW below the ZeRO-3 `optimizer`, the states that it has after `steps` steps, with `moments` of zero."""
+    for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        swapped = optimizer._swappable_optimizer_subgroup(i)  # on NVMe
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(i)
+        inner.state[flat] = {"step": torch.tensor(float(steps)), **{moment: torch.zeros_like(flat) for moment in moments}}
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(i)
+
+
 def end(engine: Any) -> None:
     """Undo what keeps `engine`, a DeepSpeedEngine, and its model alive once the caller has let go of them: it must then collect the garbage.
 

@@ -1,9 +1,8 @@
 """`engine=fsdp`: PyTorch FSDP2. Every parameter is a DTensor sharded by rows over the ranks; with `replicas` > 1, HSDP."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -11,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from plrd_train.engine import AdamW, Architecture, Weights, _saved, check_shape, put_factors
+from plrd_train.engine import MOMENTS, AdamW, Architecture, Moments, Weights, check_shape, put_factors
 from plrd_train.lowrank.distributed import Decomposed
 from plrd_train.world import SharedError, World
 
@@ -56,15 +55,19 @@ class FSDP:
         shape = (options.replicas, world.size // options.replicas)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
         self._mesh = mesh if options.replicas > 1 else mesh["shard"]
+        self._host_mesh = mesh if world.device.type == "cpu" else init_device_mesh("cpu", shape)
         self._shard, self._replicate = mesh["shard"], mesh["replicate"]
         self._optimizer: torch.optim.AdamW | None = None
 
     # The structure
 
     def load(self, architecture: Architecture, weights: Weights) -> None:
-        self._optimizer = None
-        self.model = self._build(architecture)
+        self.build(architecture)
         self.world.on_all(lambda: self._fill(weights))
+
+    def build(self, architecture: Architecture) -> None:
+        self._optimizer = None  # its states belong to parameters that end here
+        self.model = self._new(architecture)
 
     def _fill(self, weights: Weights) -> None:
         for name, parameter in self._parameters():
@@ -76,10 +79,9 @@ class FSDP:
 
     def rebuild(self, architecture: Architecture, factors: Mapping[str, Decomposed]) -> None:
         self._reshard()
-        self._optimizer = None  # its states belong to parameters that end here
         old = {name: parameter.to_local().detach() for name, parameter in self._parameters()}
         put_factors(old, factors)
-        self.model = self._build(architecture)
+        self.build(architecture)
         with torch.no_grad():
             for name, parameter in self._parameters():
                 parameter.to_local().copy_(old.pop(name))
@@ -88,7 +90,7 @@ class FSDP:
         """The parameters by name, tied ones once, as `fully_shard` has left them."""
         return ((name, cast(DTensor, parameter)) for name, parameter in self.model.named_parameters())
 
-    def _build(self, architecture: Architecture) -> nn.Module:
+    def _new(self, architecture: Architecture) -> nn.Module:
         with torch.device("meta"):
             model = architecture.build()
         mixed = (
@@ -125,18 +127,23 @@ class FSDP:
         """Whether this rank belongs to the group that shards the copy of the model which `owner` is part of."""
         return owner // self._shard.size() == self.rank // self._shard.size()
 
-    def gather(self, name: str, owner: int) -> Tensor | None:
+    def gather(self, name: str, owner: int) -> Callable[[], Tensor | None]:
         self._reshard()
         return self._gather(cast(DTensor, self.model.get_parameter(name)), owner)
 
-    def _gather(self, parameter: DTensor, owner: int) -> Tensor | None:
+    def _gather(self, parameter: DTensor, owner: int) -> Callable[[], Tensor | None]:
         if not self._row_of(owner):
-            return None
+            return lambda: None
         rows = parameter.shape[0]
         local = self._padded(parameter.to_local().detach(), rows)
         parts = [torch.empty_like(local) for _ in range(self._shard.size())] if owner == self.rank else None
-        dist.gather(local, parts, dst=owner, group=self._shard.get_group())
-        return torch.cat(parts)[:rows] if parts is not None else None
+        work = dist.gather(local, parts, dst=owner, group=self._shard.get_group(), async_op=True)
+
+        def end() -> Tensor | None:
+            work.wait()
+            return torch.cat(parts)[:rows] if parts is not None else None
+
+        return end
 
     def scatter(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
         chunk, size = self._chunk(shape[0]), self._shard.size()
@@ -158,12 +165,19 @@ class FSDP:
 
     # Training
 
-    def start(self, optimizer: AdamW) -> None:
+    def start(self, optimizer: AdamW, steps: int = 0, moments: Moments | None = None) -> None:
         self._reshard()  # else the optimizer would get, and step, the gathered copies that an evaluation left behind
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps)
+        if moments is None:
+            return
+        for name, parameter in self._parameters():
+            state = self._optimizer.state[parameter] = {"step": torch.tensor(float(steps))}
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter)
+                cast(DTensor, state[moment]).to_local().copy_(moments[moment][name])
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -195,20 +209,24 @@ class FSDP:
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         self._reshard()
         for name, parameter in self._parameters():
-            whole = self._gather(parameter, owner=0)
+            whole = self._gather(parameter, owner=0)()
             yield name, whole.cpu() if whole is not None else None
 
     # Checkpoints
 
-    def _state(self) -> dict[str, Tensor]:
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        assert self._optimizer is not None, "moments() before start()"
         self._reshard()
-        return {name: parameter.detach() for name, parameter in self._parameters()}
 
-    def save(self, folder: Path) -> None:
-        _saved.write(self._state(), folder)
+        def shard(parameter: DTensor, moment: str) -> Tensor:
+            state = self._optimizer.state.get(parameter)  # type: ignore[union-attr]
+            return state[moment].to_local().to("cpu", copy=True) if state else torch.zeros_like(parameter.to_local(), device="cpu")
 
-    def load_saved(self, architecture: Architecture, folder: Path) -> None:
-        self.world.on_main(lambda: _saved.check(folder))
-        self._optimizer = None
-        self.model = self._build(architecture)
-        _saved.read(self._state(), folder)
+        return {moment: {name: shard(parameter, moment) for name, parameter in self._parameters()} for moment in MOMENTS}
+
+    def sharded(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        placements = [Replicate(), Shard(0)]
+        return {
+            name: DTensor.from_local(shards[name], self._host_mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+            for name, parameter in self._parameters()
+        }

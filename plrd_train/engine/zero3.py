@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from plrd_train.engine import AdamW, Architecture, Weights, _deepspeed, _saved, check_shape, put_factors
+from plrd_train.engine import MOMENTS, AdamW, Architecture, Moments, Weights, _deepspeed, check_shape, put_factors
 from plrd_train.lowrank.distributed import Decomposed
 from plrd_train.world import World
 
@@ -88,8 +88,7 @@ class Zero3:
     # The structure
 
     def load(self, architecture: Architecture, weights: Weights) -> None:
-        self._end()
-        self._build(architecture)
+        self.build(architecture)
         self.world.on_all(lambda: self._fill(weights))
 
     def _fill(self, weights: Weights) -> None:
@@ -106,13 +105,13 @@ class Zero3:
     def rebuild(self, architecture: Architecture, factors: Mapping[str, Decomposed]) -> None:
         old = self.snapshot()
         put_factors(old, factors)
-        self._end()
-        self._build(architecture)
+        self.build(architecture)
         self.restore(old)
 
-    def _build(self, architecture: Architecture) -> None:
+    def build(self, architecture: Architecture) -> None:
         import deepspeed
 
+        self._end()
         config = self._config()
         self.model = _deepspeed.build(architecture, self._dtype, config, self.device)
         if self.options.activation_checkpointing:
@@ -149,14 +148,19 @@ class Zero3:
     def _padded(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
         return torch.cat([flat, flat.new_zeros(self._chunk(shape) - len(flat))])
 
-    def gather(self, name: str, owner: int) -> Tensor | None:
+    def gather(self, name: str, owner: int) -> Callable[[], Tensor | None]:
         return self._gather(self.model.get_parameter(name), owner)
 
-    def _gather(self, parameter: Any, owner: int) -> Tensor | None:
+    def _gather(self, parameter: Any, owner: int) -> Callable[[], Tensor | None]:
         shard = self._read(parameter).contiguous()
         parts = [torch.empty_like(shard) for _ in range(self.world_size)] if owner == self.rank else None
-        dist.gather(shard, parts, dst=owner)
-        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape) if parts is not None else None
+        work = dist.gather(shard, parts, dst=owner, async_op=True)
+
+        def end() -> Tensor | None:
+            work.wait()
+            return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape) if parts is not None else None
+
+        return end
 
     def scatter(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
         chunk = self._chunk(shape)
@@ -173,11 +177,17 @@ class Zero3:
 
     # Training
 
-    def start(self, optimizer: AdamW) -> None:
+    def start(self, optimizer: AdamW, steps: int = 0, moments: Moments | None = None) -> None:
         inner = self._deepspeed.basic_optimizer
         inner.state.clear()
         for group, decay in zip(inner.param_groups, (optimizer.weight_decay, 0.0), strict=True):
             group.update(betas=optimizer.betas, eps=optimizer.eps, weight_decay=decay)
+        if moments is None:
+            return
+        _deepspeed.make_states(self._deepspeed.optimizer, inner, steps, MOMENTS)
+        for name, parameter in self._parameters():
+            for moment in MOMENTS:
+                self._deepspeed.optimizer.set_local_hp_param(moments[moment][name], parameter, moment)
 
     def backward(self, loss: Tensor) -> None:
         # What DeepSpeedEngine.forward does around the model, which callers call itself.
@@ -221,27 +231,23 @@ class Zero3:
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, parameter in self._parameters():
-            whole = self._gather(parameter, owner=0)
+            whole = self._gather(parameter, owner=0)()
             yield name, whole.cpu() if whole is not None else None
 
     # Checkpoints
 
-    def _flat(self, shards: Mapping[str, Tensor]) -> dict[str, DTensor]:
-        """The same memory as sharded tensors of one dimension, without the padding."""
-        tensors = {}
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        optimizer = self._deepspeed.optimizer
+        if not self._deepspeed.basic_optimizer.state:
+            return {moment: {name: torch.zeros(self._chunk(p.ds_shape)) for name, p in self._parameters()} for moment in MOMENTS}
+        return {
+            moment: {name: optimizer.get_local_fp32_param(p, moment).to("cpu", copy=True) for name, p in self._parameters()} for moment in MOMENTS
+        }
+
+    def sharded(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters():
             start, stop = self._slice(parameter.ds_shape)
             size = torch.Size([parameter.ds_numel])
             tensors[name] = DTensor.from_local(shards[name][: stop - start], self._mesh, [Shard(0)], run_check=False, shape=size, stride=(1,))
         return tensors
-
-    def save(self, folder: Path) -> None:
-        _saved.write(self._flat(self.snapshot()), folder)
-
-    def load_saved(self, architecture: Architecture, folder: Path) -> None:
-        self.world.on_main(lambda: _saved.check(folder))
-        self._end()
-        self._build(architecture)
-        shards = self.snapshot()
-        _saved.read(self._flat(shards), folder)
-        self.restore(shards)

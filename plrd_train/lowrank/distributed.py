@@ -1,20 +1,26 @@
 """The distributed decomposition: each weight is gathered to the one rank that owns it, factored there, and its factors go back as shards.
 
 Owner-computes, in rounds: weights sorted by cost are dealt one a rank a round, so that the ranks of a round work on weights of about the same cost,
-and every rank runs the same collectives in the same order. No rank ever holds more than one whole weight.
+and every rank runs the same collectives in the same order. The weights of the next round are gathered while those of the present one are factored, so
+that a rank holds two whole Linears, and never more.
 """
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import zip_longest
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from plrd_train.lowrank.factorizers import Factorizer
+from plrd_train.lowrank.factorizers import Factorizer, Statistic
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.truncate import Factors
+from plrd_train.lowrank.spectral import Factors, Spectral
+
+NONE: Mapping[str, Statistic] = MappingProxyType({})
 
 
 class Shards(Protocol):
@@ -24,8 +30,9 @@ class Shards(Protocol):
     world_size: int
     device: torch.device
 
-    def gather(self, name: str, owner: int) -> Tensor | None:
-        """The whole float32 parameter `name` on rank `owner`, None on the others."""
+    def gather(self, name: str, owner: int) -> Callable[[], Tensor | None]:
+        """Begin to gather the parameter `name`. What is returned waits for the end of it: then it gives the whole float32 parameter on rank `owner`,
+        None on the others. Until it has been called on every rank, the parameter must not change."""
         ...
 
     def scatter(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
@@ -37,15 +44,28 @@ class Shards(Protocol):
         ...
 
 
+class Kept(Protocol):
+    """Where what is finished outlives a crash. No collectives; what one rank has put, another may get after a restart."""
+
+    def get(self, name: str, key: str) -> dict[str, Tensor] | None:
+        """What was put under that name, if it was put with that key."""
+        ...
+
+    def put(self, name: str, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep `tensors`, in place of what there is under that name. Raises OSError where that fails."""
+        ...
+
+
 @dataclass(frozen=True)
 class Decomposed:
-    """The factors of one Linear: this rank's shards of `up` (out, rank) and `down` (rank, in), the same error and time on every rank."""
+    """The factors of one Linear: this rank's shards of `up` (out, rank) and `down` (rank, in), the same errors and time on every rank."""
 
     name: str
     rank: int
     up: Tensor = field(repr=False)
     down: Tensor = field(repr=False)
     rel_error: float
+    metric_error: float | None
     seconds: float
 
 
@@ -58,16 +78,21 @@ def changes(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> dict[str, 
     return {name: rank for name, rank in ranks.items() if shapes[name].rank != rank}
 
 
-def rounds(shapes: Mapping[str, Shape], ranks: Mapping[str, int], world_size: int) -> Iterator[list[str]]:
-    """Deal the Linears named in `ranks` into rounds: the i-th name of a round belongs to rank i. Costliest first; within a cost, the model's
-    order."""
-    names = sorted(ranks, key=lambda name: -cost(shapes[name]))
-    for start in range(0, len(names), world_size):
-        yield names[start : start + world_size]
+def rounds(shapes: Mapping[str, Shape], names: Collection[str], world_size: int) -> Iterator[list[str]]:
+    """Deal the Linears `names` into rounds: the i-th name of a round belongs to rank i. Costliest first; within a cost, in the order of `names`."""
+    dealt = sorted(names, key=lambda name: -cost(shapes[name]))
+    for start in range(0, len(dealt), world_size):
+        yield dealt[start : start + world_size]
+
+
+def owners(shapes: Mapping[str, Shape], names: Collection[str], world_size: int) -> dict[str, int]:
+    """The rank that factors each of the Linears `names`, and needs its statistic."""
+    return {name: owner for dealt in rounds(shapes, names, world_size) for owner, name in enumerate(dealt)}
 
 
 def cost(shape: Shape) -> float:
-    """Floating-point operations of factoring, up to a constant: Gram matrix and eigenvectors of the smaller side, or QR and core of a product."""
+    """What factoring takes, up to a constant: Gram matrix and eigenvectors of the smaller side, and two tall products; of a product the same of its
+    core."""
     small, large = sorted((shape.out_features, shape.in_features))
     if shape.rank is None:
         return small * small * large + 10.0 * small**3
@@ -80,40 +105,188 @@ def decompose(
     ranks: Mapping[str, int],
     factorizer: Factorizer,
     on_done: Callable[[Decomposed], None] = lambda done: None,
+    statistics: Mapping[str, Statistic] = NONE,
+    kept: Kept | None = None,
 ) -> dict[str, Decomposed]:
     """Factor every Linear named in `ranks` to that rank over the live sharded model, which is left as it is.
 
-    `shapes` says what each Linear is now. Returns the new factors as shards, and calls `on_done` for each Linear on every rank.
-    Raises DecompositionError, on every rank alike, where a weight holds NaN or Inf.
+    `shapes` says what each Linear is now; `statistics` holds those that the method needs, of the Linears that this rank owns (`owners`); what is in
+    `kept` already is not factored again. Returns the new factors as shards, and calls `on_done` for each Linear on every rank.
+    Raises DecompositionError, on every rank alike, where a weight holds NaN or Inf, or `kept` cannot be written.
     """
+
+    def work(name: str, parts: list[Tensor]) -> Factors:
+        return _Weight(name, parts, statistics.get(name), factorizer, kept).cut(ranks[name])
+
     done: dict[str, Decomposed] = {}
-    for dealt in rounds(shapes, ranks, engine.world_size):
-        own: list[Tensor] = []
-        for owner, name in enumerate(dealt):
-            parts = ("weight",) if shapes[name].rank is None else ("up.weight", "down.weight")
-            whole = [engine.gather(f"{name}.{part}", owner) for part in parts]
-            if owner == engine.rank:
-                own = [tensor for tensor in whole if tensor is not None]
-        factors, seconds, failure = None, 0.0, None
-        if own:
-            name = dealt[engine.rank]
-            start = time.perf_counter()
-            try:
-                factors = factorizer.dense(own[0], ranks[name]) if len(own) == 1 else factorizer.product(own[0], own[1], ranks[name])
-            except ValueError as error:
-                failure = f"{name}: {error}"
-            seconds = time.perf_counter() - start
-        reports = engine.share((failure, factors.rel_error if factors else 0.0, seconds))
-        for failed, _, _ in reports:
-            if failed:
-                raise DecompositionError(failed)
-        for owner, name in enumerate(dealt):
-            done[name] = _scatter(engine, name, shapes[name], ranks[name], factors if owner == engine.rank else None, owner, reports[owner])
-            on_done(done[name])
+    dealt = [dict(enumerate(names)) for names in rounds(shapes, ranks, engine.world_size)]
+    for names, factors, reports in _in_rounds(engine, dealt, work, _report, shapes):
+        for made in _scattered(engine, shapes, ranks, names, factors, reports):
+            done[made.name] = made
+            on_done(made)
     return done
 
 
-def _scatter(engine: Shards, name: str, shape: Shape, rank: int, factors: Factors | None, owner: int, report: tuple) -> Decomposed:
-    up = engine.scatter(factors.up if factors else None, (shape.out_features, rank), owner)
-    down = engine.scatter(factors.down if factors else None, (rank, shape.in_features), owner)
-    return Decomposed(name, rank, up, down, rel_error=report[1], seconds=report[2])
+class Spectra:
+    """The same in two phases, for ranks that depend on the spectra: `add` decomposes, `cut` factors. What is decomposed stays with its owner, in host
+    memory: a weight of m x n takes about m n + min(m, n)^2 numbers of 4 bytes."""
+
+    def __init__(self, engine: Shards, shapes: Mapping[str, Shape], factorizer: Factorizer, kept: Kept | None = None):
+        self.values: dict[str, Tensor] = {}
+        """The singular values of each Linear added so far (`Spectral.values`), on every rank."""
+        self._engine, self._shapes, self._factorizer, self._kept = engine, shapes, factorizer, kept
+        self._own: dict[str, _Weight] = {}
+        self._owners: dict[str, int] = {}
+
+    def add(self, names: Collection[str], statistics: Mapping[str, Statistic] = NONE, on_done: Callable[[str], None] = lambda name: None) -> None:
+        """Decompose the Linears `names`; otherwise as `decompose`."""
+
+        def work(name: str, parts: list[Tensor]) -> Tensor:
+            self._own[name] = weight = _Weight(name, parts, statistics.get(name), self._factorizer, self._kept)
+            values = weight.values()
+            weight.rest()
+            return values
+
+        dealt = [dict(enumerate(part)) for part in rounds(self._shapes, names, self._engine.world_size)]
+        for owned, _, reports in _in_rounds(self._engine, dealt, work, lambda values: values, self._shapes):
+            self._owners.update((name, owner) for owner, name in owned.items())
+            for owner, name in owned.items():
+                self.values[name] = reports[owner].value
+                on_done(name)
+
+    def cut(self, ranks: Mapping[str, int], on_done: Callable[[Decomposed], None] = lambda done: None) -> dict[str, Decomposed]:
+        """Factor every Linear named in `ranks`, each of which was added, to that rank; as `decompose`. It can be called again."""
+        queues = [[name for name in ranks if self._owners[name] == owner] for owner in range(self._engine.world_size)]
+        dealt = [{owner: name for owner, name in enumerate(names) if name is not None} for names in zip_longest(*queues)]
+        done: dict[str, Decomposed] = {}
+        for names, factors, reports in _in_rounds(
+            self._engine, dealt, lambda name, _: self._own[name].cut(ranks[name], self._engine.device), _report
+        ):
+            for made in _scattered(self._engine, self._shapes, ranks, names, factors, reports):
+                done[made.name] = made
+                on_done(made)
+        return done
+
+
+@dataclass(frozen=True)
+class _Report:
+    """How the work of one rank ended: what all are to know of it, or why it failed."""
+
+    value: Any
+    failure: str | None
+    seconds: float
+
+
+def _in_rounds(
+    engine: Shards,
+    dealt: Sequence[Mapping[int, str]],
+    work: Callable[[str, list[Tensor]], Any],
+    told: Callable[[Any], Any],
+    shapes: Mapping[str, Shape] | None = None,
+) -> Iterator[tuple[Mapping[int, str], Any, list[_Report]]]:
+    """For each round (owner -> name) do `work` on the owners, on the gathered parts of the Linear where there are `shapes`. Yields the round, this
+    rank's own result, and the reports of all ranks, with what is `told` of their results."""
+
+    def gather(names: Mapping[int, str]) -> Callable[[], list[Tensor]]:
+        ends = [engine.gather(f"{name}.{part}", owner) for owner, name in names.items() for part in _parts(shapes, name)]
+        return lambda: [whole for end in ends if (whole := end()) is not None]
+
+    coming = gather(dealt[0]) if dealt else list
+    for i, names in enumerate(dealt):
+        parts = coming()
+        coming = gather(dealt[i + 1]) if i + 1 < len(dealt) else list
+        result, report = None, _Report(None, None, 0.0)
+        if engine.rank in names:
+            start = time.perf_counter()
+            try:
+                result = work(names[engine.rank], parts)
+                report = _Report(told(result), None, time.perf_counter() - start)
+            except (ValueError, OSError) as error:
+                report = _Report(None, f"{names[engine.rank]}: {error}", 0.0)
+        del parts
+        reports = engine.share(report)
+        for failed in reports:
+            if failed.failure:
+                coming()  # what has begun must end before anything else does
+                raise DecompositionError(failed.failure)
+        yield names, result, reports
+
+
+def _parts(shapes: Mapping[str, Shape] | None, name: str) -> tuple[str, ...]:
+    if shapes is None:
+        return ()
+    return ("weight",) if shapes[name].rank is None else ("up.weight", "down.weight")
+
+
+def _report(factors: Factors) -> tuple[float, float | None]:
+    return factors.rel_error, factors.metric_error
+
+
+def _scattered(
+    engine: Shards, shapes: Mapping[str, Shape], ranks: Mapping[str, int], names: Mapping[int, str], own: Factors | None, reports: list[_Report]
+) -> Iterator[Decomposed]:
+    """The factors of a round, of which `own` are this rank's, as shards."""
+    for owner, name in names.items():
+        shape, rank, factors = shapes[name], ranks[name], own if owner == engine.rank else None
+        up = engine.scatter(factors.up if factors else None, (shape.out_features, rank), owner)
+        down = engine.scatter(factors.down if factors else None, (rank, shape.in_features), owner)
+        rel_error, metric_error = reports[owner].value
+        yield Decomposed(name, rank, up, down, rel_error, metric_error, reports[owner].seconds)
+
+
+class _Weight:
+    """A Linear on its owner, decomposed when that is first needed: never, where all that is asked for was kept."""
+
+    def __init__(self, name: str, parts: list[Tensor], statistic: Statistic | None, factorizer: Factorizer, kept: Kept | None):
+        self._name, self._parts, self._statistic, self._factorizer, self._kept = name, parts, statistic, factorizer, kept
+        self._made: Spectral | None = None
+        self._key = _fingerprint(parts, statistic, factorizer) if kept is not None else ""
+
+    def values(self) -> Tensor:
+        return self._keep("values", lambda: {"values": self._spectral().values})["values"]
+
+    def cut(self, rank: int, device: torch.device | None = None) -> Factors:
+        def make() -> dict[str, Tensor]:
+            factors = self._spectral(device).cut(rank)
+            errors = [factors.rel_error, torch.nan if factors.metric_error is None else factors.metric_error]
+            return {"up": factors.up, "down": factors.down, "errors": torch.tensor(errors, dtype=torch.float64)}
+
+        made = self._keep(f"rank-{rank}", make)
+        rel_error, metric_error = made["errors"].tolist()
+        return Factors(made["up"], made["down"], rel_error, None if metric_error != metric_error else metric_error)
+
+    def rest(self) -> None:
+        """Move to host memory."""
+        host = torch.device("cpu")
+        if self._made is not None:
+            self._made = self._made.to(host)
+        self._parts = [part.to(host) for part in self._parts]
+
+    def _spectral(self, device: torch.device | None = None) -> Spectral:
+        """On `device`; None: where it is."""
+        if self._made is None:
+            parts = self._parts if device is None else [part.to(device) for part in self._parts]
+            dense, statistic = len(parts) == 1, self._statistic
+            self._made = self._factorizer.dense(parts[0], statistic) if dense else self._factorizer.product(parts[0], parts[1], statistic)
+            self._parts, self._statistic = [], None
+        return self._made if device is None else self._made.to(device)
+
+    def _keep(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self._kept is None:
+            return make()
+        name = f"{self._name}.{what}"
+        made = self._kept.get(name, self._key)
+        if made is None:
+            made = make()
+            self._kept.put(name, self._key, made)
+        return made
+
+
+def _fingerprint(parts: Sequence[Tensor], statistic: Statistic | None, factorizer: Factorizer) -> str:
+    """What the factors follow from: the weight and the statistic by their row and column sums, and the method with its settings."""
+    digest = hashlib.sha256(f"{type(factorizer).__module__} {factorizer!r}".encode())
+    for tensor in (*parts, *(() if statistic is None else (statistic,))):
+        sums = (tensor.double(),) if tensor.ndim == 1 else (tensor.sum(dim, dtype=torch.float64) for dim in range(2))
+        for one in sums:
+            digest.update(one.cpu().numpy().tobytes())
+    return digest.hexdigest()

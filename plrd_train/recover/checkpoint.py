@@ -1,98 +1,153 @@
-"""What a restart needs: the trunk in float32 after each finished stage, and how far the run was."""
+"""What a restart needs: the trunk in float32, the optimizer where a stage is under way, and how far the run was."""
 
-import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from plrd_train.engine import Architecture, Engine
+from plrd_train.engine import MOMENTS, AdamW, Architecture, Engine
 from plrd_train.errors import UserError
+from plrd_train.recover import saved
+from plrd_train.recover.exchange import Exchange
+from plrd_train.recover.progress import Progress
+from plrd_train.tracking import console
+from plrd_train.world import SharedError, World
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is. `tokens_total` are all tokens trained on, `tokens_lineage` those that the trunk's weights have seen; `ranks` says what the
-    trunk is made of; `position` is the data loader's; `entry` is the family.json entry of the member that the last finished stage publishes."""
-
-    stages: int = 0
-    steps: int = 0
-    tokens_total: int = 0
-    tokens_lineage: int = 0
-    ranks: dict[str, int] = field(default_factory=dict)
-    domain_tokens: dict[str, int] = field(default_factory=dict)
-    position: dict[str, Any] | None = None
-    entry: dict[str, Any] | None = None
+Snapshot = Mapping[str, Tensor]  # parameter -> this rank's shard, in host memory; nobody changes it
 
 
 class Checkpoints:
-    """The folder `run_dir/checkpoints`: one sub-folder a finished stage, made visible by a rename when it is whole; only the newest is kept."""
+    """A folder of checkpoints, one sub-folder each, named by the optimizer steps of the run so far. It is made visible by a rename when it is whole,
+    and the newest `keep` stay. They are written by a thread of their own, over a process group of its own, while training goes on."""
 
-    def __init__(self, run_dir: Path, engine: Engine):
-        self._folder, self._engine = run_dir / "checkpoints", engine
+    def __init__(self, folder: Path, engine: Engine, keep: int):
+        """A collective."""
+        self._folder, self._engine, self._keep = folder, engine, keep
+        self._writer = Exchange(engine.world)
+        self._pending: Future[None] | None = None
 
-    def _of(self, stages: int) -> Path:
-        return self._folder / f"stage-{stages}"
+    def _of(self, progress: Progress) -> Path:
+        return self._folder / f"step-{progress.counters.steps:08d}"
+
+    def _all(self) -> list[Path]:
+        """Newest first."""
+        return sorted((path for path in self._folder.glob("step-*") if not path.name.endswith(".tmp")), reverse=True)
+
+    # Reading
 
     def latest(self) -> Progress | None:
-        """Where the run stopped; None at its start. Raises UserError where the newest checkpoint cannot be read."""
-        return self._engine.world.on_main(self._latest)
+        """Where the run stopped, by its newest checkpoint that is undamaged; None where there is none yet. A collective.
 
-    def _latest(self) -> Progress | None:
-        done = sorted(int(path.name.removeprefix("stage-")) for path in self._folder.glob("stage-*") if not path.name.endswith(".tmp"))
-        if not done:
-            return None
-        path = self._of(done[-1]) / "progress.json"
+        A damaged one is named in a line of warning and passed over. Raises SharedError where all are damaged.
+        """
+        world = self._engine.world
+        folders = world.on_main(self._all)
+        for folder in folders:
+            wrong = saved.damage(folder, world)
+            if wrong is None:
+                return world.on_main(partial(self._read, folder))
+            console.say(f"warning: {wrong}: this checkpoint is damaged and passed over")
+        if folders:
+            raise SharedError(
+                f"{self._folder}: every checkpoint here is damaged; restore one, or remove this folder to begin again (members that are there stay)"
+            )
+        return None
+
+    def _read(self, folder: Path) -> Progress:
+        path = folder / "progress.json"
         try:
-            progress = Progress(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{path}: this checkpoint cannot be read ({error}); restore it, or remove its folder to begin again (members that are there stay)"
-            ) from None
-        self._keep_only(path.parent)  # a run may have been stopped before it removed the others
+            progress = Progress.from_json(path.read_text())
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: not a checkpoint of this version ({error}); use another run_dir") from None
+        self._tidy(folder)  # a run may have been stopped just before it did
         return progress
 
-    def _keep_only(self, kept: Path) -> None:
-        for folder in self._folder.glob("stage-*"):
-            if folder != kept:
-                shutil.rmtree(folder, ignore_errors=True)
+    def load(self, progress: Progress, architecture: Architecture, member: bool = False) -> None:
+        """Put the trunk at the end of a stage into the engine, or the member of that stage. A collective."""
+        self._engine.build(architecture)
+        self._engine.restore(self._shards(progress, "member" if member and progress.branched else "model"))
 
-    def save(self, progress: Progress, member: Mapping[str, Tensor] | None = None) -> None:
-        """Store the engine's model as the trunk after `progress.stages` stages; a `member` that is not the trunk (a snapshot of it) is stored
-        beside it, and is what the engine holds afterwards. A collective."""
-        world, final = self._engine.world, self._of(progress.stages)
+    def load_stage(self, progress: Progress, architecture: Architecture, optimizer: AdamW) -> dict[str, Tensor] | None:
+        """Put the stage that is under way into the engine, with its optimizer. Returns the trunk if what trains is a branch. A collective."""
+        assert progress.under_way is not None
+        self._engine.build(architecture)
+        self._engine.restore(self._shards(progress, "model"))
+        self._engine.start(optimizer, progress.under_way.steps, {moment: self._shards(progress, moment) for moment in MOMENTS})
+        return self._shards(progress, "trunk") if progress.under_way.in_branch else None
+
+    def _shards(self, progress: Progress, part: str) -> dict[str, Tensor]:
+        """This rank's shards of a part of the checkpoint, in the structure of the model in the engine. A collective."""
+        shards = self._engine.snapshot()
+        saved.read({f"{part}/{name}": tensor for name, tensor in self._engine.sharded(shards).items()}, self._of(progress))
+        return shards
+
+    # Writing
+
+    def save(self, progress: Progress, trunk: Snapshot, member: Snapshot | None = None) -> None:
+        """Save the end of a stage: its trunk and, where it was `branched`, its member. Returns while they are being written, and waits first for what
+        was being written before; raises what `wait` raises. A collective."""
+        self._save(progress, {"model": trunk} if member is None else {"model": trunk, "member": member})
+
+    def save_stage(self, progress: Progress, trunk: Snapshot | None) -> None:
+        """Save the stage that is under way as it stands in the engine, with its optimizer, and the `trunk` where that is a branch. Returns as `save`
+        does. A collective."""
+        parts = {"model": self._engine.snapshot(), **self._engine.moments()}
+        self._save(progress, parts if trunk is None else {**parts, "trunk": trunk})
+
+    def _save(self, progress: Progress, parts: Mapping[str, Snapshot]) -> None:
+        self.wait()
+        state = {f"{part}/{name}": tensor for part, shards in parts.items() for name, tensor in self._engine.sharded(shards).items()}
+        folder, text = self._of(progress), progress.to_json()  # now: what is counted goes on
+        self._pending = self._writer.run(lambda world: self._write(world, folder, text, state))
+
+    def wait(self) -> None:
+        """Wait until everything is saved. Raises SharedError where that failed. A collective."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, world: World, final: Path, progress: str, state: Mapping[str, Tensor]) -> None:
         temporary = final.with_name(final.name + ".tmp")
         world.on_main(lambda: self._make_empty(temporary))
-        self._engine.save(temporary / "trunk")
-        if member is not None:
-            self._engine.restore(member)
-            self._engine.save(temporary / "member")
-        world.on_main(lambda: self._make_visible(temporary, final, progress))
+        saved.write(state, temporary, world)
+        world.on_main(lambda: _write_durably(temporary / "progress.json", progress))
+        sums = saved.checksums(temporary, world)
+        world.on_main(lambda: self._make_visible(temporary, final, saved.format_checksums(sums)))
 
     @staticmethod
     def _make_empty(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
-    def _make_visible(self, temporary: Path, final: Path, progress: Progress) -> None:
-        with (temporary / "progress.json").open("w") as file:
-            json.dump(dataclasses.asdict(progress), file)
-            file.flush()
-            os.fsync(file.fileno())
+    def _make_visible(self, temporary: Path, final: Path, sums: str) -> None:
+        _write_durably(temporary / saved.SUMS, sums)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        self._keep_only(final)
+        self._tidy(final)
+        for folder in self._all():
+            if folder > final:  # damaged: the run went on from before it
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def load_trunk(self, progress: Progress, architecture: Architecture) -> None:
-        """Put the trunk into the engine. A collective."""
-        self._engine.load_saved(architecture, self._of(progress.stages) / "trunk")
+    def _tidy(self, newest: Path) -> None:
+        """Remove what is no longer needed beside the checkpoint `newest` and those just before it."""
+        older = [folder for folder in self._all() if folder < newest]
+        for folder in [*older[self._keep - 1 :], *self._folder.glob("step-*.tmp")]:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def load_member(self, progress: Progress, architecture: Architecture) -> None:
-        """Put the member of the last stage into the engine, which is the trunk unless it was annealed on a branch. A collective."""
-        member = self._of(progress.stages) / "member"
-        self._engine.load_saved(architecture, member if member.exists() else member.with_name("trunk"))
+    def remove(self) -> None:
+        """Remove the folder: what it is for has been published. Not a collective."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

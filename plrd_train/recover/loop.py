@@ -2,27 +2,22 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from plrd_train.config import Recover
-from plrd_train.data.loader import Loader
+from plrd_train.data.loader import Batch, Loader
 from plrd_train.engine import AdamW, Engine
+from plrd_train.recover.checkpoint import Snapshot
+from plrd_train.recover.exchange import Exchange
 from plrd_train.recover.objectives import Objective
+from plrd_train.recover.pauses import Pauses, Wish
 from plrd_train.recover.perf import Perf
+from plrd_train.recover.progress import Counters
 from plrd_train.recover.schedule import anneal, rate
-
-
-@dataclass
-class Counters:
-    """Counted over the whole run: optimizer steps, tokens trained on, and these by domain."""
-
-    steps: int = 0
-    tokens_total: int = 0
-    tokens_stage: int = 0
-    domain_tokens: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,9 +25,13 @@ class Recovered:
     """What a stage leaves behind: the trunk is in the engine, and `member` holds the annealed branch's shards, or None where the two are one.
     `trunk_tokens` and `branch_tokens` were spent on each."""
 
-    member: dict[str, Tensor] | None
+    member: Snapshot | None
     trunk_tokens: int
     branch_tokens: int
+
+
+def optimizer_of(settings: Recover) -> AdamW:
+    return AdamW(settings.betas, settings.eps, settings.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,10 @@ class Trainer:
     objective: Objective
     settings: Recover
     seq_len: int
+    seed: int
     perf: Perf
     counters: Counters
+    exchange: Exchange
     on_step: Callable[[dict[str, float]], None]
 
     @property
@@ -57,30 +58,42 @@ class Trainer:
     def step_tokens(self) -> int:
         return self.sequences * self.seq_len
 
-    def recover(self, budget: int, peak: float) -> Recovered:
-        """Train the engine's model on at most `budget` tokens, to less than one step below it, at the peak learning rate `peak`."""
+    def recover(self, budget: int, peak: float, pauses: Pauses, done: int = 0, trunk: Snapshot | None = None) -> Recovered:
+        """Train the engine's model on at most `budget` tokens, to less than one step below it, at the peak learning rate `peak`.
+
+        A stage that goes on after `done` steps has its optimizer in the engine, and the `trunk` where these have reached its branch. `pauses` are
+        taken between steps; what they raise ends the stage.
+        """
         settings = self.settings
-        self.counters.tokens_stage = 0
-        self.engine.start(AdamW(settings.betas, settings.eps, settings.weight_decay))
+        self.counters.tokens_stage = done * self.step_tokens
+        if not done:
+            self.engine.start(optimizer_of(settings))
         steps = budget // self.step_tokens
         branch_steps = int(settings.branch * steps)
         trunk_steps = steps - branch_steps
-        last = peak
-        for step in range(trunk_steps):
-            last = rate(step, trunk_steps, peak, settings)
-            self._step(last)
+        last = rate(trunk_steps - 1, trunk_steps, peak, settings)
+        reports = Reports(self, pauses)
+        for step in range(done, steps):
+            if step == trunk_steps:
+                trunk = self.engine.snapshot()
+            lr = rate(step, trunk_steps, peak, settings) if step < trunk_steps else anneal(step - trunk_steps, branch_steps, last)
+            wish = self._step(lr, reports)
+            if wish and step + 1 < steps:
+                reports.finish()
+                pauses.take(wish, step + 1, trunk)
+        reports.finish()
         if not branch_steps:
             return Recovered(None, trunk_steps * self.step_tokens, 0)
-        trunk = self.engine.snapshot()
-        for step in range(branch_steps):
-            self._step(anneal(step, branch_steps, last))
+        assert trunk is not None
         member = self.engine.snapshot()
         self.engine.restore(trunk)
         return Recovered(member, trunk_steps * self.step_tokens, branch_steps * self.step_tokens)
 
-    def _step(self, lr: float) -> None:
-        start = time.perf_counter()
-        engine, counters = self.engine, self.counters
+    def _step(self, lr: float, reports: "Reports") -> Wish:
+        """One optimizer step; returns what the ranks wished after the step before."""
+        engine = self.engine
+        # Dropout, where a parent has any, is the same after a restart.
+        torch.manual_seed(hash((self.seed, self.counters.steps, engine.rank)))
         batch = self.loader.next(self.sequences)
         engine.model.train()
         # Ranks may hold unequal shares; all of them take part in as many micro-batches as the largest share needs.
@@ -89,28 +102,8 @@ class Trainer:
         for micro in range(0, largest, self.settings.micro_batch):
             nll += self._micro_batch(batch.input_ids[micro : micro + self.settings.micro_batch])
         norm = engine.step(lr, self.settings.clip)
-        counters.steps += 1
-        counters.tokens_stage += self.step_tokens
-        counters.tokens_total += self.step_tokens
-        loss = 0.0
-        epoch = 0
-        for share, domains, begun in engine.share((nll.item(), batch.domain_tokens, self.loader.epoch)):
-            loss += share / (self.sequences * (self.seq_len - 1))
-            epoch = max(epoch, begun)
-            for domain, tokens in domains.items():
-                counters.domain_tokens[domain] = counters.domain_tokens.get(domain, 0) + tokens
-        self.on_step(
-            {
-                "train/loss": loss,
-                "train/lr": lr,
-                "train/grad_norm": norm.item(),
-                "tokens/stage": counters.tokens_stage,
-                "tokens/total": counters.tokens_total,
-                "data/epoch": epoch,
-                **self.perf.of(self.step_tokens, time.perf_counter() - start),
-                **{f"data/{domain}_tokens": tokens for domain, tokens in sorted(counters.domain_tokens.items())},
-            }
-        )
+        self.counters.steps += 1
+        return reports.add(lr, nll, norm, batch)
 
     def _micro_batch(self, input_ids: Tensor) -> Tensor:
         """Forward and backward of this rank's `input_ids` (n, seq_len), n maybe 0; returns the summed loss."""
@@ -123,3 +116,49 @@ class Trainer:
         # An engine averages over its ranks; the loss is a token sum over the global token count.
         engine.backward(nll * (engine.world_size / (self.sequences * (self.seq_len - 1))))
         return nll.detach()
+
+
+class Reports:
+    """The record of each step, made of what the ranks tell one another about it while the next one is computed."""
+
+    def __init__(self, trainer: Trainer, pauses: Pauses):
+        self._trainer, self._pauses = trainer, pauses
+        self._pending: tuple[float, Tensor, Future] | None = None
+        self._since = time.perf_counter()
+
+    def add(self, lr: float, nll: Tensor, norm: Tensor, batch: Batch) -> Wish:
+        """Send this rank's part of the step that has just been made. Finishes the step before, and returns what the ranks wished after that."""
+        wish, epoch, tokens = self._pauses.wish(self._trainer.step_tokens), self._trainer.loader.epoch, batch.domain_tokens
+        # The loss is fetched from the device by the thread that sends it: the step loop does not wait for either.
+        shared = self._trainer.exchange.share(lambda: (nll.item(), tokens, epoch, wish))
+        agreed = self.finish()
+        self._pending = lr, norm, shared
+        return agreed
+
+    def finish(self) -> Wish:
+        """Record the step that is pending, if there is one."""
+        if self._pending is None:
+            return Wish.NOTHING
+        (lr, norm, shared), self._pending = self._pending, None
+        trainer, counters = self._trainer, self._trainer.counters
+        parts = shared.result()
+        counters.tokens_stage += trainer.step_tokens
+        counters.tokens_total += trainer.step_tokens
+        for _, domains, _, _ in parts:
+            for domain, tokens in domains.items():
+                counters.domain_tokens[domain] = counters.domain_tokens.get(domain, 0) + tokens
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        trainer.on_step(
+            {
+                "train/loss": sum(nll / (trainer.sequences * (trainer.seq_len - 1)) for nll, _, _, _ in parts),
+                "train/lr": lr,
+                "train/grad_norm": norm.item(),
+                "tokens/stage": counters.tokens_stage,
+                "tokens/total": counters.tokens_total,
+                "data/epoch": max(epoch for _, _, epoch, _ in parts),
+                **trainer.perf.of(trainer.step_tokens, seconds),
+                **{f"data/{domain}_tokens": tokens for domain, tokens in sorted(counters.domain_tokens.items())},
+            }
+        )
+        return max(wish for _, _, _, wish in parts)

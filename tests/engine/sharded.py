@@ -19,6 +19,7 @@ from plrd_train.lowrank.distributed import decompose
 from plrd_train.lowrank.factorizers.svd import Factorizer
 from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.recover import saved
 from plrd_train.world import World
 
 OPTIMIZER = AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -68,9 +69,29 @@ def logits(engine: Engine, tokens: Tensor) -> Tensor:
     return engine.model(input_ids=tokens).logits.clone()
 
 
+def save(engine: Engine, folder: Path) -> None:
+    saved.write(engine.sharded(engine.snapshot()), folder, engine.world)
+
+
+def load_saved(engine: Engine, model: HubArchitecture, folder: Path) -> None:
+    engine.build(model)
+    engine.restore(read_shards(engine, folder))
+
+
+def read_shards(engine: Engine, folder: Path) -> dict[str, Tensor]:
+    shards = engine.snapshot()
+    saved.read(engine.sharded(shards), folder)
+    return shards
+
+
 def train(engine: Engine, batches: list[Tensor], micro: int = 1) -> list[float]:
     """Train on this rank's share of each batch, in `micro` micro-batches; the gradients' norms."""
     engine.start(OPTIMIZER)
+    return go_on(engine, batches, micro)
+
+
+def go_on(engine: Engine, batches: list[Tensor], micro: int = 1) -> list[float]:
+    """The same with the optimizer as it stands."""
     engine.model.train()
     norms = []
     for batch in batches:

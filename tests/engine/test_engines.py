@@ -6,17 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_ranks
-from sharded import OPTIMIZER, architecture, batches, empty, factor, live_bytes, logits, opened, shapes_of, train
+from sharded import (
+    OPTIMIZER,
+    architecture,
+    batches,
+    empty,
+    factor,
+    go_on,
+    live_bytes,
+    load_saved,
+    logits,
+    opened,
+    read_shards,
+    save,
+    shapes_of,
+    train,
+)
 from tiny_parents import save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from plrd_train.engine import rounded
+from plrd_train.engine import MOMENTS, rounded
 from plrd_train.errors import UserError
 from plrd_train.hub.models import HubArchitecture
 from plrd_train.hub.parents import load_config, open_parent
 from plrd_train.hub.weights import WeightReader
 from plrd_train.lowrank.distributed import DecompositionError
 from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.recover import saved
 
 ARCHITECTURES = ["llama", "llama_tied_scaled_rope", "mistral", "qwen2", "gemma", "gpt_neox"]
 pytestmark = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
@@ -52,7 +68,7 @@ def full_rank(world, name, folder, tokens):
     products = {}
     for linear, shape in shapes_of(engine).items():
         assert shape.rank == half[linear]
-        pair = [engine.gather(f"{linear}.{part}.weight", world.size - 1) for part in ("up", "down")]
+        pair = [engine.gather(f"{linear}.{part}.weight", world.size - 1)() for part in ("up", "down")]
         products[linear] = pair[0] @ pair[1] if pair[0] is not None else None
     return before, once, products
 
@@ -158,27 +174,64 @@ def test_a_restored_model_trains_alike_with_a_fresh_optimizer(save_parent, engin
         assert first == second
 
 
-def saved(world, name, folder, target):
+def factored_and_saved(world, name, folder, target):
     engine = opened(world, name, folder)
     factor(engine, folder, dict.fromkeys(shapes_of(engine), 5))
-    engine.save(target)
+    save(engine, target)
     return dict(engine.tensors())
 
 
 def reloaded(world, name, folder, target):
     engine = opened(world, name, folder)
-    engine.load_saved(architecture(folder, dict.fromkeys(shapes_of(engine), 5)), target)
+    load_saved(engine, architecture(folder, dict.fromkeys(shapes_of(engine), 5)), target)
     return dict(engine.tensors())
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (1, 2)])
 def test_checkpoints_are_exact_on_any_number_of_ranks(save_parent, tmp_path, engine, before, after):
     folder, _ = save_parent("llama_tied_scaled_rope")
-    expected = run_ranks(before, saved, engine, folder, tmp_path / "saved")[0]
+    expected = run_ranks(before, factored_and_saved, engine, folder, tmp_path / "saved")[0]
     found = run_ranks(after, reloaded, engine, folder, tmp_path / "saved")[0]
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert {path.suffix for path in Path(tmp_path / "saved").rglob("*") if path.is_file()} <= {".safetensors", ".json"}  # no pickle
+
+
+def trained_on(world, name, folder, data, target):
+    """Three steps, what a checkpoint holds of them in `target`, and three steps more."""
+    engine = opened(world, name, folder)
+    first = train(engine, data[:3])
+    save(engine, target / "model")
+    for moment, shards in engine.moments().items():
+        saved.write(engine.sharded(shards), target / moment, world)
+    return first + go_on(engine, data[3:]), dict(engine.tensors())
+
+
+def gone_on(world, name, folder, data, target):
+    engine = opened(world, name, folder)
+    train(engine, data[3:])  # a state that must not matter
+    load_saved(engine, architecture(folder, {}), target / "model")
+    moments = {moment: read_shards(engine, target / moment) for moment in MOMENTS}
+    engine.start(OPTIMIZER, 3, moments)
+    again = engine.moments()
+    same = all(torch.equal(again[moment][name], shard) for moment in MOMENTS for name, shard in moments[moment].items())
+    return same, go_on(engine, data[3:]), dict(engine.tensors())
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 3)])
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(save_parent, tmp_path, engine, before, after):
+    folder, _ = save_parent("llama_tied_scaled_rope")
+    data = batches(6, 6)
+    norms, expected = run_ranks(before, trained_on, engine, folder, data, tmp_path)[0]
+    results = run_ranks(after, gone_on, engine, folder, data, tmp_path)
+    assert all(same for same, *_ in results)
+    _, found, tensors = results[0]
+    if before == after:
+        assert found == norms[3:]
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert found == pytest.approx(norms[3:], rel=1e-4)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=2e-4)
 
 
 def published_logits(world, name, folder, tokens):
@@ -229,7 +282,7 @@ def restructured_four_times(world, name, folder, data, target):
         factor(engine, folder, dict.fromkeys(shapes_of(engine), ranks))
         train(engine, data)
     held = live_bytes()
-    engine.save(target)
+    save(engine, target)
     return held
 
 
@@ -238,7 +291,7 @@ def fresh(world, name, folder, data, target):
     before = live_bytes()
     with torch.device("meta"):
         linears = [name for name, _ in eligible_linears(architecture(folder, {}).build())]
-    engine.load_saved(architecture(folder, dict.fromkeys(linears, 24)), target)
+    load_saved(engine, architecture(folder, dict.fromkeys(linears, 24)), target)
     train(engine, data)
     return live_bytes(), before
 

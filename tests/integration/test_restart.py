@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 STEPS = 6  # a stage
 SHORT = f"stages.tokens={STEPS * 128}"
-BRANCH = "recover.branch=0.34"  # two steps of the six
+BRANCH = ("recover.branch=0.34", "checkpoint.keep=1")  # two steps of the six
 
 
 def records(run_dir: Path) -> tuple[dict, list[dict], list[dict]]:
@@ -99,20 +99,20 @@ def survivor(command, tmp_path_factory) -> Path:
     """The run_dir of a run of two ratios, with branches, that went on after it was killed at each point of KILLS."""
     run_dir = tmp_path_factory.mktemp("survivor") / "run"
     for where, call, listed in KILLS:
-        assert run_job(1, command(run_dir, SHORT, BRANCH), kill_before, where, call).status == -9, where
+        assert run_job(1, command(run_dir, SHORT, *BRANCH), kill_before, where, call).status == -9, where
         members = {path.name for path in run_dir.glob("members/[!.]*")}
         if listed is None:
             assert not (run_dir / "family.json").exists() and not members
         else:
             assert [member["name"] for member in records(run_dir)[0]["members"]] == listed and members >= set(listed), where
         if "rmtree" in where:
-            assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"stage-1", "stage-2"}
-    finish(1, command(run_dir, SHORT, BRANCH))
+            assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {f"step-{STEPS:08d}", f"step-{2 * STEPS:08d}"}
+    finish(1, command(run_dir, SHORT, *BRANCH))
     return run_dir
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(survivor, undisturbed):
-    expected = undisturbed(1, BRANCH)
+    expected = undisturbed(1, *BRANCH)
     assert same_members(survivor, expected)
     for found, wanted in zip(records(survivor), records(expected), strict=True):
         assert found == wanted
@@ -126,8 +126,8 @@ def test_a_second_start_of_a_finished_run_changes_nothing(command, survivor, tmp
     written = {path: path.stat().st_mtime_ns for path in (run_dir / "members").rglob("*")}
     before = files(run_dir)
     (run_dir / "members" / ".2x.part").mkdir()  # what a killed run may have left
-    (run_dir / "checkpoints" / "stage-3.tmp").mkdir()
-    assert "recover at" not in finish(1, command(run_dir, SHORT, BRANCH))
+    (run_dir / "checkpoints" / "step-00000099.tmp").mkdir()
+    assert "recover at" not in finish(1, command(run_dir, SHORT, *BRANCH))
     assert {path: path.stat().st_mtime_ns for path in written} == written
     after = files(run_dir)
     for name in ("config.yaml", "report/report.html"):  # the one names run_dir, the other shows it
@@ -139,28 +139,30 @@ def test_one_more_ratio_adds_its_member_and_touches_no_other(command, undisturbe
     three = "stages.ratios=[1.25,1.6,2]"
     written = {path: path.stat().st_mtime_ns for path in (survivor / "members").rglob("*") if path.is_file()}
     members, (family, metrics, _) = files(survivor / "members"), records(survivor)
-    finish(1, command(survivor, SHORT, BRANCH, three))
+    finish(1, command(survivor, SHORT, *BRANCH, three))
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert {name: content for name, content in files(survivor / "members").items() if not name.startswith("2x/")} == members
     extended, more, _ = records(survivor)
     assert extended["members"][:2] == family["members"] and extended["parent"] == family["parent"]
     assert [member["name"] for member in extended["members"][2:]] == ["2x"] and more[: len(metrics)] == metrics
     # It is the member that a run with three ratios from the start would have made.
-    at_once = undisturbed(1, BRANCH, three)
+    at_once = undisturbed(1, *BRANCH, three)
     assert same_members(survivor, at_once) and records(at_once)[0] == extended
 
 
 def test_the_member_of_a_branch_is_annealed_and_the_trunk_goes_on(command, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
-    finish(1, command(run_dir, SHORT, BRANCH, "stages.ratios=[1.25]", "recover.schedule=constant"))
-    trunk, member = (load_file(next((run_dir / "checkpoints" / "stage-1" / name).glob("*.safetensors"))) for name in ("trunk", "member"))
+    finish(1, command(run_dir, SHORT, *BRANCH, "stages.ratios=[1.25]", "recover.schedule=constant"))
+    (file,) = (run_dir / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")
+    tensors = load_file(file)
+    trunk, member = ({name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(part)} for part in ("model/", "member/"))
     published = load_file(run_dir / "members" / "1.25x" / "model.plrd.safetensors")
     assert published.keys() == member.keys() and all((published[name] == tensor).all() for name, tensor in member.items())
     assert any((trunk[name] != tensor).any() for name, tensor in member.items())
     rates = [row["train/lr"] for row in records(run_dir)[1]]
     assert rates[1] == rates[3] > rates[4] > rates[5] > 0  # the trunk's rate stays, the branch's falls, and no step is wasted at zero
 
-    finish(1, command(run_dir, SHORT, BRANCH, "recover.schedule=constant"))
+    finish(1, command(run_dir, SHORT, *BRANCH, "recover.schedule=constant"))
     family, metrics, events = records(run_dir)
     linear = "model.layers.0.mlp.up_proj"
     (error,) = (row["factor/rel_error"] for row in events if row.get("linear") == linear and row["stage/index"] == 2)

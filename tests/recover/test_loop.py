@@ -9,18 +9,23 @@ from tiny_family import write_corpus
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plrd_train.config import Recover
+from plrd_train.config import Checkpoint, Recover
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.loader import Loader
 from plrd_train.engine.fsdp import Options, open_engine
 from plrd_train.hub.models import HubArchitecture
 from plrd_train.hub.parents import load_config, open_parent
 from plrd_train.hub.weights import WeightReader
-from plrd_train.recover.loop import Counters, Trainer
+from plrd_train.recover.exchange import Exchange
+from plrd_train.recover.loop import Trainer
 from plrd_train.recover.objectives.ce import Objective
+from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
+from plrd_train.recover.progress import Counters
+from plrd_train.stopping import StopRequest
 
 SEQ_LEN, STEPS = 16, 4
+NEVER = Pauses(Checkpoint(tokens=None, minutes=None, keep=1), StopRequest(), None, None)
 
 
 def settings(sequences: int, **changed) -> Recover:
@@ -51,8 +56,10 @@ def trained(world, folder: Path, text: Path, streams: int, recover: Recover, bud
     engine.load(HubArchitecture(load_config(parent)), WeightReader(parent))
     rows: list[dict] = []
     reader = loader(folder, text, streams, world.rank, world.size)
-    trainer = Trainer(engine, reader, Objective(), recover, SEQ_LEN, Perf(1.0, None, engine.device), Counters(), rows.append)
-    recovered = trainer.recover(budget, recover.lr)
+    perf, exchange = Perf(1.0, None, engine.device), Exchange(world)
+    trainer = Trainer(engine, reader, Objective(), recover, SEQ_LEN, 0, perf, Counters(), exchange, rows.append)
+    recovered = trainer.recover(budget, recover.lr, NEVER)
+    exchange.close()
     trunk = {name: whole for name, whole in engine.tensors()}
     if recovered.member is not None:
         engine.restore(recovered.member)

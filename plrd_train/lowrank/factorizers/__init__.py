@@ -2,22 +2,36 @@
 
 import importlib
 import pkgutil
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from plrd_train.lowrank.truncate import Factors
+from plrd_train.lowrank.ranks import Shape
+from plrd_train.lowrank.spectral import Spectral
+
+# What calibration data say of one Linear: "inputs" is the second moment of its input, (in, in); "gradients" that of the gradient of its weight.
+Statistic = Tensor
 
 
 class Factorizer(Protocol):
     """What each file here defines, as a frozen dataclass named `Factorizer` whose fields are the method's own settings."""
 
-    def dense(self, weight: Tensor, rank: int) -> Factors:
-        """Factor a dense `weight` (out, in) to `rank`."""
+    sequential: ClassVar[bool]
+    """Whether a Linear is factored on the inputs that the Linears before it give once they are factored: such a method has a driver of its own."""
+
+    statistics: ClassVar[str | None]
+    """What it needs of each Linear: "inputs", "gradients" (see Statistic), or None: no data."""
+
+    def dense(self, weight: Tensor, statistic: Statistic | None) -> Spectral:
+        """Decompose a dense `weight` (out, in)."""
         ...
 
-    def product(self, up: Tensor, down: Tensor, rank: int) -> Factors:
-        """Lower the rank of a pair that is low-rank already, `up` (out, k) and `down` (k, in), to `rank` < k."""
+    def product(self, up: Tensor, down: Tensor, statistic: Statistic | None) -> Spectral:
+        """Decompose a pair that is low-rank already, `up` (out, k) and `down` (k, in)."""
+        ...
+
+    def peak_bytes(self, shape: Shape) -> int:
+        """What decomposing one Linear of that shape and cutting it takes beyond the gathered float32 weight, in bytes."""
         ...
 
 

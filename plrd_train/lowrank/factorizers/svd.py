@@ -1,18 +1,27 @@
 """`svd`: truncated SVD of the weight, PLRD as published (arXiv 2406.19995, section 3)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from plrd_train.lowrank.truncate import Factors, truncate, truncate_product
+from plrd_train.lowrank.factorizers import Statistic
+from plrd_train.lowrank.ranks import Shape
+from plrd_train.lowrank.spectral import Spectral, of_dense, of_product, peak_bytes
 
 
 @dataclass(frozen=True)
 class Factorizer:
     """The best pair in the Frobenius norm of the weight; needs no data and has no settings."""
 
-    def dense(self, weight: Tensor, rank: int) -> Factors:
-        return truncate(weight, rank)
+    sequential: ClassVar[bool] = False
+    statistics: ClassVar[str | None] = None
 
-    def product(self, up: Tensor, down: Tensor, rank: int) -> Factors:
-        return truncate_product(up, down, rank)
+    def dense(self, weight: Tensor, statistic: Statistic | None = None) -> Spectral:
+        return of_dense(weight)
+
+    def product(self, up: Tensor, down: Tensor, statistic: Statistic | None = None) -> Spectral:
+        return of_product(up, down)
+
+    def peak_bytes(self, shape: Shape) -> int:
+        return peak_bytes(shape)

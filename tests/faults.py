@@ -31,6 +31,28 @@ def kill_before(rank: int, where: str, call: int) -> None:
         _replace(where, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def signal_before(rank: int, where: str, call: int, number: int, on: int = 0) -> None:
+    """Rank `on` sends itself a signal before that call."""
+    if rank == on:
+        _replace(where, call, lambda: os.kill(os.getpid(), number))
+
+
+def fail_before(rank: int, where: str, call: int, ranks: tuple[int, ...], message: str) -> None:
+    """These ranks meet a defect in place of that call: a ValueError."""
+
+    def fail() -> None:
+        raise ValueError(message)
+
+    if rank in ranks:
+        _replace(where, call, fail)
+
+
+def touch_before(rank: int, where: str, call: int, file: Path) -> None:
+    """`file` is there from that call of rank 0 on."""
+    if rank == 0:
+        _replace(where, call, file.touch)
+
+
 def limit_files(rank: int, size: int) -> None:
     """No file of this process may become larger than `size` bytes: writing on fails as it does on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

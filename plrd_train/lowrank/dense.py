@@ -1,0 +1,124 @@
+"""A dense W (m x n), decomposed by the Gram matrix of its smaller side, n.
+
+Let V be the leading eigenvectors of (L W R)^T (L W R). Then W ≈ (W V) V^T; or, where there is a metric R on the side of the eigenvectors, W ≈ U B^+ L W
+with U = W R V and B = L U, which is the same without an inverse of R: what R does not see stays as near to W as it can. Both are projections, which is
+why their error is that of the subspace alone, and why they are exact at full rank, whatever the accuracy of the eigenvalues. A bound on what the
+subspace may have lost is checked at each rank; where it does not hold, the Gram matrix is formed in float64, and at last L W R itself is decomposed.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from plrd_train.lowrank.factors import (
+    Factors,
+    Metric,
+    check_rank,
+    floored,
+    gram,
+    keeps,
+    rounding,
+    scaled,
+    scaled_metric,
+    seen_by,
+    symmetric,
+    tail,
+    times_root,
+)
+from plrd_train.lowrank.product import balanced, balancing, factors, rebalanced
+
+# Above this relative error its square is known from the eigenvalues to some 1e-4 of itself; below, it is measured.
+_KNOWN = 0.1
+
+
+class Dense:
+    """`plrd_train.lowrank.spectral.Spectral` of a dense weight (m, n)."""
+
+    def __init__(self, weight: Tensor, left: Metric | None, right: Metric | None):
+        self._weight, self._scale = scaled(weight, "weight")
+        (left, scale_left), (right, scale_right) = (scaled_metric(metric, self._weight.dtype) for metric in (left, right))
+        self._measure = self._scale * scale_left * scale_right
+        self._wide = weight.shape[0] < weight.shape[1]
+        if self._wide:  # from here on the right side is the smaller
+            self._weight, left, right = self._weight.T, right, left
+        self._left, self._right = left, right
+        self._decompose(self._weight.dtype)
+
+    @property
+    def values(self) -> Tensor:
+        return self._squares.double().clamp_min(0).sqrt().cpu() * self._measure
+
+    def cut(self, rank: int) -> Factors:
+        m, n = self._weight.shape
+        check_rank(rank, n, f"a {n} x {m} matrix" if self._wide else f"a {m} x {n} matrix")
+        if not keeps(self._squares, rank, self._off) and self._squares.dtype == torch.float32:
+            self._decompose(torch.float64)
+        if not keeps(self._squares, rank, self._off):
+            self._decompose_exactly()
+        basis = self._vectors[:, :rank].to(self._weight.dtype)
+        error, metric_error = tail(self._squares, rank), None
+        if self._left is None and self._right is None:
+            up = self._weight @ basis
+            root = floored(torch.linalg.vector_norm(up, dim=0)).sqrt()
+            up, down = up.div_(root), root[:, None] * basis.T
+            if error < _KNOWN:
+                error = _share(self._rest(up, down), self._weight.norm())
+        else:
+            up, down = self._project(basis)
+            rest = self._rest(up, down)
+            metric_error = error if error > _KNOWN else _share(self._measured(rest), self._squares.clamp_min(0).sum().sqrt())
+            error = _share(rest, self._weight.norm())
+        if self._wide:
+            up, down = down.T, up.T
+        return factors(up, down, self._scale, error, metric_error)
+
+    def to(self, device: torch.device) -> "Dense":
+        moved = copy.copy(self)
+        moved._weight, moved._squares, moved._vectors = (tensor.to(device) for tensor in (self._weight, self._squares, self._vectors))
+        moved._left, moved._right = (metric and metric.to(device) for metric in (self._left, self._right))
+        return moved
+
+    def _project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """The balanced pair of the projection of W on what `basis` spans, in the metrics."""
+        weight = self._weight.to(basis.dtype)
+        up = weight @ times_root(self._right, basis)
+        if self._right is None:
+            return rebalanced(up, basis.T)
+        seen = seen_by(self._left, up)
+        down = times_root(self._left, seen).T @ weight
+        squares = symmetric(gram(seen, torch.float64))
+        scale = squares.diagonal().sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
+        values, vectors = torch.linalg.eigh(squares / scale / scale[:, None])
+        alike = values[0].item() < 0.01  # columns that rounding has made so
+        if alike and basis.dtype != torch.float64:
+            return self._project(basis.double())
+        # change @ change^T is the pseudo-inverse of B^T B.
+        change = vectors * torch.where(values > len(values) * torch.finfo(values.dtype).eps, values.rsqrt(), 0.0) / scale[:, None]
+        balance = None if alike else balancing(*(change.T @ symmetric(gram(side, torch.float64)) @ change for side in (up, down.T)))
+        if balance is None:
+            return balanced(up.double() @ change, change.T @ down.double())
+        return up @ (change @ balance[0]).to(up), (balance[1] @ change.T).to(down) @ down
+
+    def _decompose(self, dtype: torch.dtype) -> None:
+        measured = self._measured(self._weight.to(dtype))
+        squares, vectors = torch.linalg.eigh(gram(measured, dtype))
+        self._squares, self._vectors = squares.flip(0), vectors.flip(1)
+        self._off = rounding(dtype) * squares.norm().item()
+
+    def _decompose_exactly(self) -> None:
+        _, singular, vh = torch.linalg.svd(self._measured(self._weight.double()), full_matrices=False)
+        self._squares, self._vectors, self._off = singular.square(), vh.T, 0.0
+
+    def _measured(self, matrix: Tensor) -> Tensor:
+        """L matrix R."""
+        return seen_by(self._right, seen_by(self._left, matrix).T).T
+
+    def _rest(self, up: Tensor, down: Tensor) -> Tensor:
+        return torch.addmm(self._weight, up.to(self._weight), down.to(self._weight), alpha=-1)
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """||part||_F / whole, 0 for nothing of nothing."""
+    return part.norm().item() / whole.item() if whole > 0 else 0.0

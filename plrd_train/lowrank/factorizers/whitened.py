@@ -1,0 +1,34 @@
+"""`whitened`: the pair whose outputs are nearest to the Linear's own on calibration text (the objective of SVD-LLM, arXiv 2403.07378, section 3.2).
+
+The paper takes the Cholesky factor of the inputs' second moment, which does not exist where that is singular, as on less text than there are
+channels; here it is the symmetric root, by eigendecomposition with clipped eigenvalues. The optimum is the same.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from plrd_train.lowrank.factorizers import Statistic
+from plrd_train.lowrank.metrics import whitening
+from plrd_train.lowrank.ranks import Shape
+from plrd_train.lowrank.spectral import Spectral, of_dense, of_product, peak_bytes
+
+
+@dataclass(frozen=True)
+class Factorizer:
+    """`calibration_tokens` of the training corpus tell the inputs; in each stage those of the model as it is then."""
+
+    sequential: ClassVar[bool] = False
+    statistics: ClassVar[str | None] = "inputs"
+
+    calibration_tokens: int
+
+    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+        return of_dense(weight, right=whitening(statistic))
+
+    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+        return of_product(up, down, right=whitening(statistic))
+
+    def peak_bytes(self, shape: Shape) -> int:
+        return peak_bytes(shape)

@@ -1,0 +1,68 @@
+"""The tensors of a checkpoint in files: shards as safetensors without any pickle, read back on any number of ranks, and their checksums."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from plrd_train.errors import UserError
+from plrd_train.world import SharedError, World
+
+SUMS = "sha256sums"  # in the format of the program sha256sum: `sha256sum --check sha256sums` tells what is damaged
+
+
+def write(state: Mapping[str, Tensor], folder: Path, world: World) -> None:
+    """Write the DTensors `state` into `folder`, each rank its shards. A collective. Raises SharedError where a file cannot be written."""
+    # The Hugging Face writer stores safetensors and no pickle.
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save(dict(state), storage_writer=writer, process_group=world.group)
+    except dcp.CheckpointException as error:  # on every rank alike
+        first = next(iter(error.failures.values()))[0]
+        if not isinstance(first, OSError):
+            raise
+        raise SharedError(f"{folder}: this checkpoint cannot be written ({first}); make room, and the same command goes on") from None
+
+
+def read(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill the DTensors `state`, of any mesh and maybe a part of what is there, in place from what `write` left in `folder`. A collective."""
+    dcp.load(dict(state), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def checksums(folder: Path, world: World) -> dict[str, str]:
+    """SHA-256 of each file of `folder` but SUMS, by name, each computed on one rank. A collective."""
+    names = world.on_main(lambda: sorted(path.name for path in folder.iterdir() if path.name != SUMS))
+    own = world.on_all(lambda: {name: _sha256(folder / name) for name in names[world.rank :: world.size]})
+    return dict(sorted(item for part in world.share(own) for item in part.items()))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def damage(folder: Path, world: World) -> str | None:
+    """What is wrong with the files of `folder`, naming one; None where each is as its checksum says. A collective."""
+    try:
+        lines = world.on_main(lambda: (folder / SUMS).read_text(errors="replace").splitlines() if (folder / SUMS).is_file() else [])
+        expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        found = checksums(folder, world)
+    except UserError as error:
+        return str(error)
+    if not expected:
+        return f"{folder / SUMS} is missing or empty"
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            return f"{folder / name} is missing"
+        if found[name] != expected.get(name):
+            return f"{folder / name} is not what was written"
+    return None
+
+
+def format_checksums(sums: Mapping[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
