@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from plrd_train import engine
 from plrd_train.errors import UserError
 from plrd_train.lowrank import factorizers
-from plrd_train.lowrank.ranks import ALLOCATIONS
+from plrd_train.lowrank.ranks import ALLOCATIONS, SPECTRAL
 from plrd_train.recover import objectives
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -272,6 +272,11 @@ def _check_together(config: Config) -> None:
         )
     if config.ranks.name not in ALLOCATIONS:
         raise UserError(f"ranks: there is no {config.ranks.name!r}; choose one of {', '.join(ALLOCATIONS)}")
+    if config.ranks.name in SPECTRAL and config.factorizer.settings.sequential:
+        raise UserError(
+            f"ranks: {config.ranks.name} needs the spectra of all Linears first, and factorizer={config.factorizer.name} factors "
+            "them in order; choose ranks=uniform, or another factorizer"
+        )
     if config.recover.global_batch_tokens < config.data.seq_len:
         raise UserError(
             f"recover.global_batch_tokens: {config.recover.global_batch_tokens} is less than one sequence (data.seq_len={config.data.seq_len})"

@@ -46,12 +46,18 @@ def route_to(host: str) -> Route | None:
     return None
 
 
+def route_to_peers(host: str) -> Route | None:
+    """The route over which `host` and the hosts beside it reach this machine. Where `host` is this machine's own name, and means a loopback address
+    here alone, that is the default route."""
+    route = route_to(host)
+    if route is not None and route.is_loopback and not host.startswith(("localhost", "127.", "::1")):
+        return route_to(_ANYWHERE)
+    return route
+
+
 def choose_interface() -> None:
     """Let gloo take the interface over which this machine reaches MASTER_ADDR, unless GLOO_SOCKET_IFNAME names one. To be called before the process
     group is made."""
-    master = os.environ["MASTER_ADDR"]
-    route = route_to(master)
-    if route is not None and route.is_loopback and not master.startswith(("localhost", "127.", "::1")):
-        route = route_to(_ANYWHERE)  # it is this machine's own name, which means a loopback address here alone
+    route = route_to_peers(os.environ["MASTER_ADDR"])
     if route is not None and route.interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", route.interface)

@@ -7,8 +7,8 @@ of their product, so that a Linear always stays two factors and the depth never 
 
 import time
 
+from plrd_train.compression import factor
 from plrd_train.family import Family
-from plrd_train.lowrank.distributed import Decomposed, changes, decompose
 from plrd_train.lowrank.ranks import ratio_of
 from plrd_train.recover.progress import Progress, UnderWay
 from plrd_train.run import Run, Stage
@@ -60,12 +60,7 @@ def compress(run: Run, stage: Stage, progress: Progress) -> UnderWay:
     """Factor the trunk in the engine to the ranks of `stage`. Returns the stage as it begins to train."""
     start = time.perf_counter()
     shapes = run.shapes()
-    wanted = run.ranks(stage, shapes)
-    factors: dict[str, Decomposed] = {}
-    with run.factoring(stage, changes(shapes, wanted)) as on_done:
-        for part, statistics in run.calibrated(stage, shapes, changes(shapes, wanted)):
-            ranks = {name: wanted[name] for name in part}
-            factors |= decompose(run.engine, shapes, ranks, run.config.factorizer.settings, on_done, statistics)
+    wanted, factors = factor(run, stage, progress, shapes)
     ranks = {**progress.ranks, **wanted}
     run.engine.rebuild(run.architecture(ranks), factors)
     entry = {

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from plrd_train import resolved
 from plrd_train.config import from_mapping
 from plrd_train.data.calibration import calibration_batches
@@ -29,7 +31,9 @@ from plrd_train.lowrank.distributed import Decomposed, DecompositionError
 from plrd_train.lowrank.factorizers import Statistic
 from plrd_train.lowrank.ranks import ALLOCATIONS, Shape
 from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.lowrank.walk import Block, gathered, walk
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
+from plrd_train.recover.kept import KeptFactors
 from plrd_train.recover.loop import Recovered, optimizer_of
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.progress import Counters, Progress, UnderWay
@@ -98,6 +102,7 @@ class Run:
 
         self.family: Family = world.on_main(lambda: Family.read(run_dir, must_exist=False))
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, config.checkpoint.keep)
+        self.kept = KeptFactors(run_dir / "factors", world.device)
         self.counters = Counters()
         self._branch_of: Snapshot | None = None  # the trunk, of a stage that goes on in its branch
         self._loader = world.on_all(lambda: open_loader(config, world, self._train, self.tokenizer))
@@ -158,9 +163,9 @@ class Run:
             raise SharedError(f"linears: no Linear of {self.config.parent.path} is left to factor; mend linears.include and linears.exclude")
         return shapes
 
-    def ranks(self, stage: Stage, shapes: Mapping[str, Shape]) -> dict[str, int]:
-        """The rank of each Linear that is low-rank at the ratio of `stage`."""
-        ranks = ALLOCATIONS[self.config.ranks.name](shapes, stage.ratio, self.config.ranks.multiple)
+    def ranks(self, stage: Stage, shapes: Mapping[str, Shape], values: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+        """The rank of each Linear that is low-rank at the ratio of `stage`; `values` are the spectra, where the allocation looks at them."""
+        ranks = ALLOCATIONS[self.config.ranks.name](shapes, stage.ratio, self.config.ranks.multiple, values)
         if stage.ratio > 1 and not ranks:
             raise SharedError(f"ranks.multiple: at {stage.ratio:g}x every rank is below {self.config.ranks.multiple}; choose a smaller multiple")
         return ranks
@@ -172,9 +177,9 @@ class Run:
     # The stages
 
     @contextmanager
-    def factoring(self, stage: Stage, ranks: Mapping[str, int]) -> Iterator[Callable[[Decomposed], None]]:
+    def factoring(self, stage: Stage, linears: Collection[str]) -> Iterator[Callable[[Decomposed], None]]:
         """Show and record each Linear as it is factored."""
-        with console.progress(f"stage {stage.index}: factor to {stage.ratio:g}x", len(ranks), "weights") as bar:
+        with console.progress(f"stage {stage.index}: factor to {stage.ratio:g}x", len(linears), "weights") as bar:
 
             def on_done(done: Decomposed) -> None:
                 bar.update(1, error=done.rel_error)
@@ -199,15 +204,24 @@ class Run:
     ) -> Iterator[tuple[Collection[str], Mapping[str, Statistic]]]:
         """The Linears `names` in the parts in which they are factored, and what the method needs to know of those of a part that this rank owns, as
         they are in the engine now."""
-        settings, config = self.config.factorizer.settings, self.config
-        if settings.statistics is None:
+        kind = self.config.factorizer.settings.statistics
+        if kind is None:
             yield names, {}
-            return
+        else:
+            yield from collect(self.engine, kind, shapes, names, self._calibration(stage))
+
+    def blocks(self, stage: Stage, progress: Progress) -> Iterator[Block]:
+        """The blocks of the model in the engine in order, with what the calibration text gives each."""
+        return walk(self.architecture(progress.ranks), gathered(self.engine), self._calibration(stage), self.engine.device)
+
+    def _calibration(self, stage: Stage) -> list[Tensor]:
+        """This rank's calibration text. A collective."""
+        config = self.config
         batches = self.world.on_all(
             lambda: calibration_batches(
                 self._train,
                 self.tokenizer,
-                tokens=settings.calibration_tokens,
+                tokens=config.factorizer.settings.calibration_tokens,
                 seq_len=config.data.seq_len,
                 streams=config.data.streams,
                 seed=config.seed,
@@ -220,7 +234,7 @@ class Run:
         )
         tokens = sum(self.world.share(sum(batch.numel() for batch in batches)))
         self._tracker.log_event("calibration", {"stage/index": stage.index, "calibration/tokens": tokens})
-        yield from collect(self.engine, settings.statistics, shapes, names, batches)
+        return batches
 
     def recover(self, stage: Stage, progress: Progress, under_way: UnderWay) -> tuple[Recovered, float]:
         """Train the trunk in the engine on the stage's budget, from where the stage stands. Returns with it the seconds of training, of earlier
@@ -268,6 +282,7 @@ class Run:
     def publish(self, entry: dict[str, Any], ranks: Mapping[str, int]) -> None:
         """Write the model in the engine as the member of `entry`, and list it in family.json once its folder is whole. A member that is listed
         already, as when the run's checkpoints were lost, stays as it is."""
+        self.world.on_main(self.kept.clear)  # its stage has a checkpoint
         if self.family.has(entry["name"]):
             return
         folder = self.family.member_folder(entry["name"])

@@ -12,6 +12,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 from argparse import Namespace
 from types import FrameType
@@ -21,11 +22,13 @@ from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
-from plrd_train.network import route_to
+from plrd_train.heartbeat import say
+from plrd_train.network import route_to, route_to_peers
 
 _REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -71,18 +74,18 @@ class _Agent(LocalElasticAgent):
 
 def _choose_addresses(given: Namespace) -> None:
     """Tell torchrun what it would otherwise look up by this machine's own name: whether it hosts the rendezvous, and where others find it."""
+    socket.getfqdn = lambda name="": socket.gethostname()  # for its events, again and again, and it waits for name servers that are gone
     if given.standalone:
         given.local_addr = given.local_addr or "localhost"
     elif given.rdzv_backend == "c10d" and given.rdzv_endpoint:
         host, port = parse_rendezvous_endpoint(given.rdzv_endpoint, default_port=29400)
-        if (route := route_to(host)) is None:
-            return
-        if route.is_home:
+        route, peers = route_to(host), route_to_peers(host)
+        if route is not None and route.is_home:
             given.rdzv_endpoint = f"localhost:{port}"
-        else:
+        elif route is not None:
             given.rdzv_conf = f"is_host=0,{given.rdzv_conf}".rstrip(",")
-        if not route.is_loopback:
-            given.local_addr = given.local_addr or route.address
+        if peers is not None:
+            given.local_addr = given.local_addr or peers.address
 
 
 def main(arguments: list[str]) -> None:
@@ -90,8 +93,13 @@ def main(arguments: list[str]) -> None:
     api.LocalElasticAgent = _Agent  # type: ignore[misc]  # the launcher takes no agent of one's own
     given = parse_args(arguments)
     given.signals_to_handle = "SIGQUIT"
+    endpoint = given.rdzv_endpoint
     _choose_addresses(given)
-    run(given)
+    try:
+        run(given)
+    except RendezvousError as error:
+        say(f"{given.nnodes} hosts do not meet at {endpoint} ({error}); start the same command on each of them, with a host and port that all reach")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

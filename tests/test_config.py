@@ -76,7 +76,7 @@ def test_a_sweep_gives_one_config_a_point():
         ("ranks.name=best", "ranks: there is no 'best'; choose one of uniform"),
         ("engine.replicas=0", "engine: replicas is 0: it must be at least 1"),
         ("tracking.wandb.mode=on", "tracking.wandb.mode: Input should be 'offline', 'online' or 'disabled'"),
-        ("factorizer=qr", "Could not find 'factorizer/qr'; Available options in 'factorizer': svd"),
+        ("factorizer=qr", "Could not find 'factorizer/qr'; Available options in 'factorizer': asvd; fisher"),
         ("parent=3", "group override must be a string"),
         ("parent.path=???", "parent.path: this key has no value yet"),
         ("parent.path=null", "parent.path: Input should be a valid string"),

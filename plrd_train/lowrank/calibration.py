@@ -78,20 +78,20 @@ class Magnitudes:
 
 
 class Gradients:
-    """The empirical Fisher information of each row of the weight: E[sum over the row of (d nll / d W)^2] over the sequences, (out,).
+    """The empirical Fisher information of each input channel: E[sum over the channel's weights of (d nll / d w)^2] over the sequences, (in,).
 
-    W is up @ down where the Linear is low-rank.
+    The weight is up @ down where the Linear is low-rank.
     """
 
     of_gradients: ClassVar[bool] = True
 
     @staticmethod
     def size(shape: Shape) -> tuple[int, ...]:
-        return (shape.out_features,)
+        return (shape.in_features,)
 
     @staticmethod
     def add(total: Tensor, x: Tensor, grad: Tensor) -> int:
-        total += (grad.T @ x).square_().sum(1)
+        total += (grad.T @ x).square_().sum(0)
         return 1
 
 
@@ -140,7 +140,7 @@ def collect(
 
 
 def distinct_inputs(model: nn.Module, linears: Collection[str], run: Callable[[], object]) -> list[tuple[str, ...]]:
-    """The `linears` that `model` calls while `run` runs it, in the order of the calls, by what they are given: those of one tuple get the same tensor."""
+    """The `linears` that `model` calls while `run` runs it, in the order of the calls. Those of one tuple are given the same tensor."""
     calls: dict[str, tuple[Any, ...]] = {}
 
     def note(name: str, x: Tensor) -> None:

@@ -1,9 +1,10 @@
 """A dense W (m x n), decomposed by the Gram matrix of its smaller side, n.
 
-Let V be the leading eigenvectors of (L W R)^T (L W R). Then W ≈ (W V) V^T; or, where there is a metric R on the side of the eigenvectors, W ≈ U B^+ L W
-with U = W R V and B = L U, which is the same without an inverse of R: what R does not see stays as near to W as it can. Both are projections, which is
-why their error is that of the subspace alone, and why they are exact at full rank, whatever the accuracy of the eigenvalues. A bound on what the
-subspace may have lost is checked at each rank; where it does not hold, the Gram matrix is formed in float64, and at last L W R itself is decomposed.
+Let V be the leading eigenvectors of (L W R)^T (L W R). Then W ≈ (W V) V^T; or, where there is a metric R on the side of the eigenvectors,
+W ≈ U B^+ L W with U = W R V and B = L U, which is the same without an inverse of R: what R does not see stays as near to W as it can. Both are
+projections: so their error is that of the subspace alone, and they are exact at full rank, whatever the accuracy of the eigenvalues. A bound on what
+the subspace may have lost is checked at each rank; where it does not hold, the Gram matrix is formed in float64, and at last L W R itself is
+decomposed.
 """
 
 import copy
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plrd_train.lowrank.factors import (
+    ROWS,
     Factors,
     Metric,
     check_rank,
@@ -59,16 +61,15 @@ class Dense:
         basis = self._vectors[:, :rank].to(self._weight.dtype)
         error, metric_error = tail(self._squares, rank), None
         if self._left is None and self._right is None:
-            up = self._weight @ basis
+            up = self._onto(basis)
             root = floored(torch.linalg.vector_norm(up, dim=0)).sqrt()
-            up, down = up.div_(root), root[:, None] * basis.T
+            up, down = up.div_(root), (basis * root).T
             if error < _KNOWN:
-                error = _share(self._rest(up, down), self._weight.norm())
+                error = self._error(up, down)
         else:
             up, down = self._project(basis)
-            rest = self._rest(up, down)
-            metric_error = error if error > _KNOWN else _share(self._measured(rest), self._squares.clamp_min(0).sum().sqrt())
-            error = _share(rest, self._weight.norm())
+            metric_error = error if error > _KNOWN else self._metric_error(up, down)
+            error = self._error(up, down)
         if self._wide:
             up, down = down.T, up.T
         return factors(up, down, self._scale, error, metric_error)
@@ -79,14 +80,18 @@ class Dense:
         moved._left, moved._right = (metric and metric.to(device) for metric in (self._left, self._right))
         return moved
 
+    def _onto(self, basis: Tensor) -> Tensor:
+        """W @ basis, laid out as its transpose where that is what `cut` returns."""
+        weight = self._weight.to(basis.dtype)
+        return (basis.T @ weight.T).T if self._wide else weight @ basis
+
     def _project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
         """The balanced pair of the projection of W on what `basis` spans, in the metrics."""
-        weight = self._weight.to(basis.dtype)
-        up = weight @ times_root(self._right, basis)
+        up = self._onto(times_root(self._right, basis))
         if self._right is None:
             return rebalanced(up, basis.T)
         seen = seen_by(self._left, up)
-        down = times_root(self._left, seen).T @ weight
+        down = times_root(self._left, seen).T @ self._weight.to(basis.dtype)
         squares = symmetric(gram(seen, torch.float64))
         scale = squares.diagonal().sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
@@ -102,23 +107,29 @@ class Dense:
         return up @ (change @ balance[0]).to(up), (balance[1] @ change.T).to(down) @ down
 
     def _decompose(self, dtype: torch.dtype) -> None:
-        measured = self._measured(self._weight.to(dtype))
-        squares, vectors = torch.linalg.eigh(gram(measured, dtype))
+        squares, vectors = torch.linalg.eigh(gram(self._measured(dtype), dtype))
         self._squares, self._vectors = squares.flip(0), vectors.flip(1)
         self._off = rounding(dtype) * squares.norm().item()
 
     def _decompose_exactly(self) -> None:
-        _, singular, vh = torch.linalg.svd(self._measured(self._weight.double()), full_matrices=False)
+        _, singular, vh = torch.linalg.svd(self._measured(torch.float64).double(), full_matrices=False)
         self._squares, self._vectors, self._off = singular.square(), vh.T, 0.0
 
-    def _measured(self, matrix: Tensor) -> Tensor:
-        """L matrix R."""
-        return seen_by(self._right, seen_by(self._left, matrix).T).T
+    def _measured(self, dtype: torch.dtype) -> Tensor:
+        """L W R in `dtype`; W itself where there are no metrics."""
+        if self._left is None and self._right is None:
+            return self._weight
+        return seen_by(self._right, seen_by(self._left, self._weight.to(dtype)).T).T
 
-    def _rest(self, up: Tensor, down: Tensor) -> Tensor:
-        return torch.addmm(self._weight, up.to(self._weight), down.to(self._weight), alpha=-1)
+    def _error(self, up: Tensor, down: Tensor) -> float:
+        """||W - up down||_F / ||W||_F, measured."""
+        up, down = up.to(self._weight), down.to(self._weight)
+        rest = (torch.addmm(rows, part, down, alpha=-1).norm() for rows, part in zip(self._weight.split(ROWS), up.split(ROWS), strict=True))
+        whole = self._weight.norm().item()
+        return torch.stack(list(rest)).norm().item() / whole if whole > 0 else 0.0
 
-
-def _share(part: Tensor, whole: Tensor) -> float:
-    """||part||_F / whole, 0 for nothing of nothing."""
-    return part.norm().item() / whole.item() if whole > 0 else 0.0
+    def _metric_error(self, up: Tensor, down: Tensor) -> float:
+        """The same in the metrics."""
+        rest = torch.addmm(self._weight, up.to(self._weight), down.to(self._weight), alpha=-1)
+        whole = self._squares.clamp_min(0).sum().sqrt().item()
+        return seen_by(self._right, seen_by(self._left, rest).T).norm().item() / whole if whole > 0 else 0.0

@@ -201,7 +201,7 @@ def _in_rounds(
             try:
                 result = work(names[engine.rank], parts)
                 report = _Report(told(result), None, time.perf_counter() - start)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, torch.linalg.LinAlgError) as error:
                 report = _Report(None, f"{names[engine.rank]}: {error}", 0.0)
         del parts
         reports = engine.share(report)

@@ -13,8 +13,10 @@ ABSOLUTE = 5e-6
 
 # Squares of float32 neither overflow nor vanish while the largest entry lies between these.
 _SAFE = (1e-8, 1e8)
-# What a Gram matrix copies at a time to another dtype, in rows; and the strips of its lower triangle, which alone is computed.
-_ROWS, _STRIPS = 4096, 8
+# Rows of a tall matrix that are copied at a time, to another dtype or to be compared.
+ROWS = 256
+# The lower triangle of a Gram matrix is computed in that many strips: in so many as this, at 9/16 of the multiplications of the whole.
+_STRIPS = 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class Metric:
     """
 
     root: Tensor = field(repr=False)
-    inverse: Tensor | None = field(default=None, repr=False)
 
     def to(self, device: torch.device) -> "Metric":
         return Metric(self.root.to(device))
@@ -87,8 +88,7 @@ def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     n = matrix.shape[1]
     strip = max(-(-n // _STRIPS), 1)
     out = matrix.new_zeros(n, n, dtype=dtype)
-    for rows in matrix.split(_ROWS):
-        part = rows.to(dtype)
+    for part in (rows.to(dtype) for rows in matrix.split(ROWS if matrix.dtype != dtype else len(matrix))):
         for i in range(0, n, strip):
             out[i : i + strip, : i + strip].addmm_(part[:, i : i + strip].T, part[:, : i + strip])
     return out

@@ -1,15 +1,14 @@
 """The product up @ down, decomposed without being formed: all but two tall products happens among k x k matrices.
 
-With the Gram matrices G = (L up)^T (L up) and F = (down R) (down R)^T = C C^T (Cholesky), the eigenvalues of C^T G C are the squared singular values of
-L up down R, and with its leading eigenvectors V_r the best pair is (up C V_r) (V_r^T C^-1 down): the square-root method of balanced truncation
-(Laub, Heath, Paige and Ward 1987) in the form of a projection. Bounds on what rounding may have cost are checked at each rank: in float32, then in
-float64, and at last by Householder QR of both and the SVD of the core.
+With the Gram matrices G = (L up)^T (L up) and F = (down R) (down R)^T = C C^T (Cholesky), the eigenvalues of C^T G C are the squared singular values
+of L up down R, and with its leading eigenvectors V the best pair is (up C V) (V^T C^-1 down): the square-root method of balanced truncation (Laub,
+Heath, Paige and Ward 1987) in the form of a projection. Bounds on what rounding may have cost are checked at each rank: in float32, then in float64,
+and at last by Householder QR of both and the SVD of the core.
 """
 
 import copy
 import dataclasses
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
@@ -162,11 +161,18 @@ def _by_gram(up: Tensor, down: Tensor) -> _ByGram | None:
         return None
     inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=False)
     # Rounding in a Gram matrix is relative to the norms of the columns: ill-conditioning is what remains once these are one.
-    unit = inverse * down.diagonal().sqrt()
-    grows = rounding(down.dtype) * (torch.linalg.matrix_norm(unit, 1) * torch.linalg.matrix_norm(unit, torch.inf)).item()
+    grows = rounding(down.dtype) * _square_norm(inverse * down.diagonal().sqrt())
     squares, vectors = torch.linalg.eigh(lower.T @ symmetric(up) @ lower)
     size = max(squares.norm().item(), (up.diagonal() * down.diagonal()).norm().item())
     return _ByGram(squares.flip(0), vectors.flip(1), lower, inverse, skew=grows * len(down) ** 0.5, off=grows * size)
+
+
+def _square_norm(matrix: Tensor) -> float:
+    """The square of the 2-norm, to some tenths, by power iteration."""
+    vector = torch.linalg.vector_norm(matrix, dim=0)
+    for _ in range(10):
+        vector = matrix.T @ (matrix @ (vector / vector.norm()))
+    return vector.norm().item()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """A ratio -> the rank of each Linear."""
 
+import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from plrd_train.lowrank.linear import LowRankLinear
+
+# What a Linear loses, by `energy`: its relative error to the one power, times its parameters to the other.
+OF_ERROR, OF_SIZE = 2.5, 0.25
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,11 @@ class Shape:
         return self.params(rank) < self.dense_params
 
 
-def uniform(shapes: Mapping[str, Shape], ratio: float, multiple: int = 1) -> dict[str, int]:
+def uniform(shapes: Mapping[str, Shape], ratio: float, multiple: int = 1, values: Mapping[str, Tensor] | None = None) -> dict[str, int]:
     """The same ratio for every Linear (PLRD as published): rank = floor(m n / (m + n) / ratio), rounded down to `multiple` (1: not rounded).
 
     A Linear for which two factors would be no smaller than it is stays dense and is absent from the result, and so is one that is too small for a
-    single `multiple`. Ranks never grow: a Linear that is low-rank already keeps at most the rank it has.
+    single `multiple`. Ranks never grow: a Linear that is low-rank already keeps at most the rank it has. The spectra are of no account.
     """
     ranks = {}
     for name, shape in shapes.items():
@@ -49,10 +54,74 @@ def uniform(shapes: Mapping[str, Shape], ratio: float, multiple: int = 1) -> dic
     return ranks
 
 
-ALLOCATIONS: dict[str, Callable[..., dict[str, int]]] = {"uniform": uniform}
+def energy(shapes: Mapping[str, Shape], ratio: float, multiple: int, values: Mapping[str, Tensor]) -> dict[str, int]:
+    """One budget for all Linears together, 1 / `ratio` of their dense parameters, spent where a parameter saves the most loss.
+
+    What a Linear loses at rank r is a power of its relative error, the root of the share of its energy that is cut off (the squares of its singular
+    values, `values[name]`, which `Spectral.values` are), times a power of its size; of those tried, the powers after which the least perplexity is
+    lost (docs/methods.md). Ranks are multiples of `multiple`; a Linear that is better left as it is, dense or low-rank, stays so.
+
+    By one price a parameter for all of them (Lagrange), each Linear takes all steps that are worth it, and what is left over goes to the steps that
+    come next. So the total is at most the budget and less than one step below it, or what there is already; where one step each is too much, it is
+    that.
+    """
+    curves = {name: _curve(shape, values[name], multiple) for name, shape in shapes.items()}
+    budget = sum(shape.dense_params for shape in shapes.values()) / ratio
+    chosen, spent = _at_price(curves, 0.0)
+    if spent > budget:
+        low, high = 0.0, max(kept[-1].item() for _, kept in curves.values())  # a step costs at least one parameter
+        for _ in range(100):
+            price = (low + high) / 2
+            chosen, spent = _at_price(curves, price)
+            low, high = (price, high) if spent > budget else (low, price)
+        chosen, spent = _at_price(curves, high)
+        _spend(curves, chosen, budget - spent)
+    ranks = {name: multiple * (i + 1) if i + 1 < len(curves[name][0]) else shapes[name].rank for name, i in chosen.items()}
+    return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+def _curve(shape: Shape, values: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Parameters of a Linear at each rank that it may have, the last being what it is now, and how much it keeps of itself."""
+    step = multiple * (shape.out_features + shape.in_features)
+    whole = shape.params(shape.rank)
+    steps = min(len(values) // multiple, (whole - 1) // step)
+    squares = values.double().square()
+    share = (squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).cumsum(0)[multiple - 1 :: multiple][:steps]
+    kept = 1 - (1 - share).clamp_min(0) ** (OF_ERROR / 2)
+    params = step * torch.arange(1, steps + 1, dtype=torch.float64)
+    return torch.cat([params, params.new_tensor([whole])]), torch.cat([kept, kept.new_ones(1)]) * shape.dense_params**OF_SIZE
+
+
+def _at_price(curves: Mapping[str, tuple[Tensor, Tensor]], price: float) -> tuple[dict[str, int], float]:
+    """What each Linear takes at that price of a parameter, as an index into its curve, and the parameters of all."""
+    chosen = {name: int((kept - price * params).argmax()) for name, (params, kept) in curves.items()}
+    return chosen, sum(params[chosen[name]].item() for name, (params, _) in curves.items())
+
+
+def _spend(curves: Mapping[str, tuple[Tensor, Tensor]], chosen: dict[str, int], left: float) -> None:
+    """Take further steps while one fits into what is `left`, those first that keep most a parameter."""
+
+    def step_of(name: str) -> tuple[float, str, float]:
+        params, kept = (side[chosen[name] + 1] - side[chosen[name]] for side in curves[name])
+        return -(kept / params).item(), name, params.item()
+
+    steps = [step_of(name) for name, (params, _) in curves.items() if chosen[name] + 1 < len(params)]
+    heapq.heapify(steps)
+    while steps:
+        _, name, params = heapq.heappop(steps)
+        if params <= left:
+            left -= params
+            chosen[name] += 1
+            if chosen[name] + 1 < len(curves[name][0]):
+                heapq.heappush(steps, step_of(name))
 
 
 def ratio_of(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> float:
     """Parameters of all eligible Linears when dense over those of what stands in their place at `ranks`, those left dense included; 1.0 for none."""
     dense = sum(shape.dense_params for shape in shapes.values())
     return dense / sum(shape.params(ranks.get(name)) for name, shape in shapes.items()) if dense else 1.0
+
+
+# Each takes (shapes, ratio, multiple, values); those in SPECTRAL look at `values`.
+ALLOCATIONS: dict[str, Callable[..., dict[str, int]]] = {"uniform": uniform, "energy": energy}
+SPECTRAL = frozenset({"energy"})

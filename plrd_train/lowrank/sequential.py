@@ -5,7 +5,7 @@ an input are a step: their statistic is added up over the ranks and goes to the 
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,29 +25,23 @@ from plrd_train.lowrank.walk import Block
 
 @torch.no_grad()
 def decompose_in_order(
-    engine: Shards,
-    blocks: Iterable[Block],
-    shapes: Mapping[str, Shape],
-    ranks: Mapping[str, int],
-    factorizer: Factorizer,
-    on_done: Callable[[Decomposed], None] = lambda done: None,
-) -> dict[str, Decomposed]:
-    """Factor every Linear named in `ranks` to that rank, in the order in which the model calls them.
+    engine: Shards, blocks: Iterable[Block], shapes: Mapping[str, Shape], ranks: Mapping[str, int], factorizer: Factorizer
+) -> Iterator[Decomposed]:
+    """Factor every Linear named in `ranks` to that rank, in the order in which the model calls them, and yield its factors as shards.
 
-    `blocks` are those of a walk over the weights of `engine`, which is left as it is; otherwise as `plrd_train.lowrank.distributed.decompose`.
-    Raises DecompositionError, on every rank alike, also where a Linear stands outside the blocks or no text reaches it.
+    `blocks` are those of a walk over the weights of `engine`, which is left as it is. A collective at each step of the iteration; otherwise as
+    `plrd_train.lowrank.distributed.decompose`. Raises DecompositionError, on every rank alike, also where a Linear stands outside the blocks or no
+    text reaches it.
     """
-    done: dict[str, Decomposed] = {}
+    left = set(ranks)
     for block in blocks:
         inside = [name.removeprefix(f"{block.name}.") for name in ranks if name.startswith(f"{block.name}.")]
         for step in _steps(engine, block, inside):
             for made in _factor(engine, block, step, shapes, ranks, factorizer):
-                done[made.name] = made
-                on_done(made)
-    for name in ranks:
-        if name not in done:
-            raise DecompositionError(f"{name}: no block of the model calls it, so that it cannot be factored in order; see linears.exclude")
-    return done
+                left.remove(made.name)
+                yield made
+    if left:
+        raise DecompositionError(f"{min(left)}: no block of the model calls it, so that it cannot be factored in order; see linears.exclude")
 
 
 def _steps(engine: Shards, block: Block, linears: Collection[str]) -> list[tuple[str, ...]]:

@@ -1,10 +1,11 @@
 """A weight decomposed once, from which the best pair of factors of any rank can be cut: of a dense W, and of a product A·B that is never formed.
 
-"Best" is in the Frobenius norm of L (W - up down) R, where the metrics L on the output side and R on the input side say what an error costs (whitening,
-activation or Fisher weights); without them it is the plain norm (Eckart and Young 1936). All cost what the smaller side costs.
+"Best" is in the Frobenius norm of L (W - up down) R. The metrics on the output side (L is the transpose of its root) and on the input side (R is its
+root) say what an error costs: whitening, activation or Fisher weights. Without them it is the plain norm (Eckart and Young 1936). All cost what the
+smaller side costs.
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from plrd_train.lowrank.product import Product
 from plrd_train.lowrank.ranks import Shape
 
 __all__ = ["ABSOLUTE", "RELATIVE", "Factors", "Metric", "Spectral", "of_dense", "of_product", "peak_bytes"]
+
+# The form of a metric's root: a matrix, the diagonal of one, or none.
+Form = Literal["full", "diagonal", None]
 
 
 class Spectral(Protocol):
@@ -51,8 +55,25 @@ def of_product(up: Tensor, down: Tensor, *, left: Metric | None = None, right: M
     return Product(up, down, left, right)
 
 
-def peak_bytes(shape: Shape, left: int = 0, right: int = 0) -> int:
-    """What `of_dense` or `of_product` and `cut` take beyond their arguments, at most."""
+def peak_bytes(shape: Shape, rank: int | None = None, *, left: Form = None, right: Form = None, dtype: torch.dtype = torch.float32) -> int:
+    """The most that decomposing a Linear of that shape and cutting it at `rank` (None: the largest that makes it smaller) takes at once, in bytes:
+    factors included, float32 weights and metrics of other dtypes not. `left` and `right` are the forms of the metrics.
+
+    `dtype` is that of the Gram matrices: float32, or float64 where the check at that rank asks for it. It holds for LAPACK with its workspace.
+    """
     m, n = shape.out_features, shape.in_features
-    small = min(m, n, shape.rank or min(m, n))
-    return 4 * (4 * small * small + 3 * m * n) if shape.rank is None else 8 * (6 * small * small + 3 * small * (m + n))
+    small, metrics = min(m, n), sum(form is not None for form in (left, right))
+    roots = sum({None: 0, "diagonal": size, "full": size * size}[form] for form, size in ((left, m), (right, n)))
+    rank = rank or shape.rank or (m * n - 1) // (m + n)
+    wide = dtype.itemsize // 4  # all is counted in float32
+    if shape.rank is None:
+        near = (left if m < n else right) is not None  # a metric on the side of the eigenvectors
+        balance = (22 if near else 15) * rank**2 if metrics else small * rank
+        decompose = wide * max(4 * small**2, metrics * m * n + small**2)
+        cut = wide * small**2 + rank * (m + n) + balance
+    else:
+        k = shape.rank
+        balance = 4 * k * rank + max(12 * k**2, 4 * k**2 + 17 * rank**2) if metrics else 2 * wide * k * rank + rank * (m + n)
+        decompose = wide * 8 * k**2
+        cut = wide * 3 * k**2 + balance
+    return 4 * (roots + max(decompose, cut))

@@ -77,7 +77,7 @@ def walk(architecture: Architecture, read: Read, batches: Sequence[Tensor], devi
 
 
 def gathered(engine: Shards) -> Read:
-    """The parameters of a live sharded model. The Read that is returned is a collective."""
+    """The parameters that an engine holds. The Read that is returned is a collective."""
 
     def read(name: str, shape: torch.Size) -> Tensor:
         whole = engine.gather(name, 0)()
@@ -88,6 +88,26 @@ def gathered(engine: Shards) -> Read:
         return whole
 
     return read
+
+
+@dataclass(frozen=True)
+class Alone:
+    """`Shards` of one process without an engine: parameters are read when they are needed, and a shard is the whole."""
+
+    read: Callable[[str], Tensor]  # of any floating dtype
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    def gather(self, name: str, owner: int) -> Callable[[], Tensor | None]:
+        return lambda: self.read(name).to(self.device, torch.float32)
+
+    def scatter(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
+        assert tensor is not None
+        return tensor
+
+    def share(self, value: object) -> list:
+        return [value]
 
 
 def _parameters(module: nn.Module, prefix: str, leave: Collection[nn.Module] = ()) -> Iterator[tuple[nn.Module, str, nn.Parameter, str]]:

@@ -2,7 +2,7 @@
 
 The cluster lives in process, network and mount namespaces of its own, and each node in its own inside these, with its host name, address, /proc and
 /dev/shm. The first process of a namespace takes everything in it along when it is killed: that is how a node loses its power, and how the cluster
-ends, even where pytest is killed. There is no systemd, no cgroup and no database: limits of memory and CPUs are not enforced, and `sacct` has nothing.
+ends, even where pytest is killed. There is no systemd, no cgroup and no database: memory and CPUs are not limited, and `sacct` knows nothing.
 """
 
 import contextlib
@@ -25,8 +25,6 @@ from debian import require_debian
 
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "iproute2", "util-linux")
 NETWORK = "10.88.0"
-PORT = 6818
-SILENCE_S = 10  # of a node, after which slurmctld takes it for lost
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _REAP = "while :; do sleep 3600 & wait $!; done"  # the first process of a namespace inherits its orphans
 
@@ -51,7 +49,7 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=3,bf_interval=3
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout={silence}
+KillWait=10
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
@@ -74,7 +72,8 @@ class Namespaces:
                 preexec_fn=_die_with_parent,
             )
         assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"ready\n", f"{command} failed: {log.read_text()}"
+        with self._process.stdout as output:
+            assert output.readline() == b"ready\n", f"{command} failed: {log.read_text()}"
         first = psutil.Process(self._process.pid)
         for _ in range(2 if inside else 1):  # unshare forks, and nsenter before it
             (first,) = first.children()
@@ -112,8 +111,7 @@ class Cluster:
         (folder / "munge.key").chmod(0o600)
         lines = [f"NodeName={node} NodeAddr={address} CPUs=4 Gres=gpu:{gpus} State=UNKNOWN" for node, address in addresses.items()]
         host = socket.gethostname().partition(".")[0]
-        text = CONFIG.format(folder=folder, host=host, network=NETWORK, nodes="\n".join(lines), silence=SILENCE_S)
-        (folder / "slurm.conf").write_text(text)
+        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, network=NETWORK, nodes="\n".join(lines)))
         devices = [folder / f"gpu{i}" for i in range(gpus)]
         for device in devices:  # slurmd looks for a device of each; these are /dev/null, and compute nothing
             os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
@@ -135,26 +133,29 @@ class Cluster:
             self.boot(node)
 
     def boot(self, node: str) -> None:
-        """Give the node its power, and wait until it can take jobs."""
+        """Give the node its power, and wait until Slurm knows that it has started."""
         self._boots += 1
         cable = f"cable{self._boots}"
         setup = f"hostname {node}; mount -t tmpfs tmpfs /dev/shm; ip link set lo up"
         self._powered[node] = machine = Namespaces(setup, self._world, self.folder / f"{node}.log")
-        subprocess.run(
-            ["nsenter", f"--target={self._world.pid}", "--net", "ip", "link", "add", cable, "type", "veth", "peer", "eth0", "netns", str(machine.pid)],
-            check=True,
-        )
+        ends = [cable, "type", "veth", "peer", "eth0", "netns", str(machine.pid)]
+        subprocess.run([*self.reach(), "ip", "link", "add", *ends], check=True)
         self._world.run("ip", "link", "set", cable, "master", "lab", "up")
         machine.run("ip", "addr", "add", f"{self._addresses[node]}/24", "dev", "eth0")
         machine.run("ip", "link", "set", "eth0", "up")
         self._daemon(machine, "slurmd", "-D", "-b", "-N", node)
-        self._until(lambda: self.state(node) in ("idle", "completing"), f"slurmd of {node}")
+        self._until(lambda: not re.match("down|unknown", self.state(node)) and "*" not in self.state(node), f"slurmd of {node}")
 
     def cut(self, node: str) -> None:
-        """Take the node its power: everything on it ends, and nobody is told."""
+        """Take the node its power: everything on it ends at once."""
         self._powered.pop(node).kill()
 
+    def write_off(self, node: str) -> None:
+        """Tell Slurm that the node is lost, as administrators do; else it waits for SlurmdTimeout, five minutes, before it ends the jobs there."""
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
     def state(self, node: str) -> str:
+        """The node's state, with a star where it does not respond."""
         return self.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T").strip()
 
     def stop(self) -> None:
@@ -162,10 +163,13 @@ class Cluster:
         for daemon in self._daemons:
             daemon.wait()
 
+    def reach(self) -> list[str]:
+        """The command before a command that is to reach Slurm."""
+        return ["nsenter", f"--target={self._world.pid}", "--net"]
+
     def run(self, *command: str, check: bool = True) -> str:
         """What a command of Slurm's prints."""
-        prefix = ["nsenter", f"--target={self._world.pid}", "--net"]
-        done = subprocess.run([*prefix, *command], env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*self.reach(), *command], env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
         return done.stdout
 
@@ -186,14 +190,14 @@ class Cluster:
             time.sleep(0.1)
 
     def logs(self) -> str:
-        """The ends of all logs of the daemons."""
-        files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
-        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
+        """The ends of the logs of the daemons."""
+        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in sorted(self.folder.glob("*.log")))
 
 
 @contextmanager
 def cluster(folder: Path, nodes: Sequence[str] = ("node1", "node2"), gpus: int = 2) -> Iterator[Cluster]:
-    """A Slurm of these nodes, with as many pretended GPUs each, inside; nothing of it is left afterwards. Skips the test where that cannot be."""
+    """A Slurm of these nodes, with as many pretended GPUs each, runs inside; nothing of it is left afterwards. Its files go to `folder`, which
+    everybody must be allowed to enter. Skips the test where that cannot be."""
     require_debian(*PACKAGES)
     if os.geteuid() or subprocess.run(["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "true"], capture_output=True).returncode:
         pytest.skip("needs root and the right to make namespaces")

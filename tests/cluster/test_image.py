@@ -69,7 +69,7 @@ def image(buildah: Buildah, context: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("base")
     made = subprocess.run(["debootstrap", "--variant=minbase", "bookworm", folder / "root"], capture_output=True, text=True)
     if made.returncode:
-        pytest.skip(f"debootstrap failed: {made.stdout.strip().splitlines()[-1:]}")
+        pytest.skip(f"debootstrap failed: {(made.stdout + made.stderr).strip().splitlines()[-1]}")
     (folder / "root/etc/dpkg/dpkg.cfg.d/speedup").write_text("force-unsafe-io\n")  # as in Debian's own image
     base = buildah("from", "scratch").strip()
     buildah("add", base, folder / "root", "/")

@@ -23,7 +23,7 @@ def test_a_point_that_is_preempted_is_requeued_and_goes_on(command, tmp_path, mo
     short = ("stages.tokens=2560", "stages.ratios=[1.25]")
     sweep = command(tmp_path / "seed-${seed}", *short, "--multirun", "seed=0,1", *JOBS)
     with TemporaryDirectory() as folder, cluster(Path(folder)) as slurm:  # munge wants a folder that all can enter
-        here = ["nsenter", f"--target={slurm._world.pid}", "--net", sys.executable, "-m", "plrd_train", *sweep]
+        here = [*slurm.reach(), sys.executable, "-m", "plrd_train", *sweep]
         with launched(here, **{**slurm.environment, "NPROC": 1, "GLOO_SOCKET_IFNAME": None}) as run:
             run.wait_until(lambda: in_training(tmp_path / "seed-0"))
             (array,) = {number.partition("_")[0] for number in slurm.run("squeue", "--noheader", "--format=%i").split()}

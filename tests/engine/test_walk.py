@@ -7,13 +7,17 @@ import torch
 from processes import run_ranks
 from sharded import architecture, opened, shapes_of
 
+from plrd_train.hub.parents import open_parent
+from plrd_train.hub.weights import WeightReader
 from plrd_train.lowrank.distributed import DecompositionError
 from plrd_train.lowrank.factorizers.rom import Factorizer
+from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.sequential import decompose_in_order
 from plrd_train.lowrank.surgery import eligible_linears
-from plrd_train.lowrank.walk import gathered, walk
+from plrd_train.lowrank.walk import Alone, gathered, walk
 
 TEXT = torch.randint(3, 64, (5, 11), generator=torch.Generator().manual_seed(1))
+ROM = Factorizer(calibration_tokens=1)
 ENGINES = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 
 
@@ -48,11 +52,9 @@ def test_blocks_are_given_what_the_whole_model_gives_them(save_parent, engine):
 def in_order(world, name, folder, rank):
     engine = opened(world, name, folder)
     shapes = shapes_of(engine)
-    order = []
-    factors = decompose_in_order(
-        engine, blocks(engine, folder), shapes, dict.fromkeys(shapes, rank), Factorizer(calibration_tokens=1), lambda made: order.append(made.name)
-    )
-    errors = {made.name: made.metric_error for made in factors.values()}
+    made = decompose_in_order(engine, blocks(engine, folder), shapes, dict.fromkeys(shapes, rank), ROM)
+    factors = {one.name: one for one in made}
+    order, errors = list(factors), {one.name: one.metric_error for one in factors.values()}
     engine.rebuild(architecture(folder, dict.fromkeys(shapes, rank)), factors)
     tensors = dict(engine.tensors())
     products = {linear: tensors[f"{linear}.up.weight"] @ tensors[f"{linear}.down.weight"] for linear in shapes} if engine.rank == 0 else {}
@@ -94,10 +96,25 @@ def test_rom_is_that_of_its_equations(save_parent, engine, size, architecture_):
     assert all(result[:2] == results[0][:2] for result in results)
 
 
+def test_rom_of_a_checkpoint_without_an_engine(save_parent):
+    folder, model = save_parent("gpt_neox", max_shard_size="20KB")
+    reader = WeightReader(open_parent(str(folder)))
+    shapes = {name: Shape.of(linear) for name, linear in eligible_linears(model)}
+    alone = Alone(reader.read, torch.device("cpu"))
+    order, products = [], {}
+    for made in decompose_in_order(alone, blocks(alone, folder), shapes, dict.fromkeys(shapes, 12), ROM):
+        order.append(made.name)
+        products[made.name] = made.up @ made.down
+    expected, _ = reference(model, order, 12)
+    assert products.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (products[name].double() - weight).norm() <= 1e-4 * weight.norm(), name
+
+
 def beyond_the_blocks(world, folder):
     engine = opened(world, "fsdp", folder)
     with pytest.raises(DecompositionError, match=r"^lm_head: no block of the model calls it"):
-        decompose_in_order(engine, blocks(engine, folder), shapes_of(engine), {"lm_head": 3}, Factorizer(calibration_tokens=1))
+        list(decompose_in_order(engine, blocks(engine, folder), shapes_of(engine), {"lm_head": 3}, ROM))
 
 
 def test_a_linear_outside_the_blocks_is_named(save_parent):

@@ -124,6 +124,13 @@ def test_torchrun_on_one_node(command, tmp_path):
     assert same_members(tmp_path / "run", tmp_path / "expected")
 
 
+def test_hosts_that_do_not_meet():
+    with launched([LAUNCH / "torchrun.sh", "x=1"], NNODES=2, NPROC=1, RDZV="nowhere.invalid", PET_RDZV_CONF="read_timeout=1") as run:
+        assert run.status() == 2
+        (line,) = [line for line in run.err.splitlines() if line.startswith("error: ")]
+        assert "2 hosts do not meet at nowhere.invalid" in line and "Traceback" not in run.err
+
+
 def test_a_mistake_comes_back_as_its_line_and_status(command, tmp_path):
     with launched([LAUNCH / "local.sh", *command(tmp_path / "run", "data.train=/no/where")], NPROC=1) as run:
         assert run.status() == 2

@@ -5,10 +5,11 @@ import torch
 
 from plrd_train.lowrank.calibration import Inputs
 from plrd_train.lowrank.factorizers.asvd import Factorizer as Asvd
+from plrd_train.lowrank.factorizers.fisher import Factorizer as Fisher
 from plrd_train.lowrank.factorizers.svd import Factorizer as Svd
 from plrd_train.lowrank.factorizers.whitened import Factorizer as Whitened
 
-WHITENED, ASVD = Whitened(calibration_tokens=1), Asvd(calibration_tokens=1, alpha=0.5)
+WHITENED, ASVD, FISHER = Whitened(calibration_tokens=1), Asvd(calibration_tokens=1, alpha=0.5), Fisher(calibration_tokens=1)
 SHAPES = [(96, 64), (64, 96), (80, 80)]
 
 
@@ -75,13 +76,18 @@ def test_whitened_by_a_moment_that_rounding_has_made_indefinite():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_asvd_is_the_svd_of_scaled_channels(shape):
-    magnitudes, weight = inputs(500, shape[1], 50.0).abs().mean(0), normal(*shape, seed=3)
-    scaled = weight.double() * magnitudes.double().sqrt()
-    u, s, vh = torch.linalg.svd(scaled, full_matrices=False)
-    expected = (u[:, :20] * s[:20]) @ vh[:20] / magnitudes.double().sqrt()
-    found = ASVD.dense(weight, magnitudes).cut(20)
-    torch.testing.assert_close((found.up @ found.down).double(), expected, rtol=0, atol=2e-3)
+@pytest.mark.parametrize("method", [ASVD, FISHER])
+def test_asvd_and_fisher_are_the_svd_of_scaled_channels(shape, method):
+    statistic, weight = inputs(500, shape[1], 50.0).abs().mean(0), normal(*shape, seed=3)
+    root = statistic.double().sqrt()
+    for spectral, whole in (
+        (method.dense(weight, statistic), weight),
+        (method.product(weight[:, :30], weight[:30], statistic), weight[:, :30] @ weight[:30]),
+    ):
+        u, s, vh = torch.linalg.svd(whole.double() * root, full_matrices=False)
+        found = spectral.cut(20)
+        expected = (u[:, :20] * s[:20]) @ vh[:20] / root
+        assert (found.up.double() @ found.down.double() - expected).norm() <= 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -91,6 +97,7 @@ def test_without_any_signal_the_methods_are_the_plain_svd(shape):
     for spectral in (
         Asvd(calibration_tokens=1, alpha=0.0).dense(weight, normal(shape[1], seed=6).abs()),
         ASVD.dense(weight, torch.zeros(shape[1])),
+        FISHER.dense(weight, torch.full((shape[1],), 3.0)),
         WHITENED.dense(weight, torch.zeros(shape[1], shape[1])),
     ):
         found = spectral.cut(20)

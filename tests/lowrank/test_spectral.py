@@ -1,4 +1,4 @@
-"""Truncation against the optimum that float64 SVD gives (Eckart and Young)."""
+"""Decomposition and cut against the optimum that float64 SVD gives (Eckart and Young), in the plain norm and in metrics."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plrd_train.lowrank.spectral import ABSOLUTE, of_dense, of_product
+from plrd_train.lowrank.spectral import ABSOLUTE, Factors, Metric, of_dense, of_product
 
 
 def matrix(m: int, n: int, decay: float, seed: int = 0) -> torch.Tensor:
@@ -26,6 +26,127 @@ def check(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, rank: int,
     error = ((exact - up.double() @ down.double()).norm() / exact.norm()).item()
     assert error <= max(1.0005 * optimum.item(), ABSOLUTE)
     assert math.isclose(reported, error, rel_tol=1e-3, abs_tol=ABSOLUTE)
+
+
+def root(kind: str | None, n: int, decay: float, scale: float, seed: int) -> tuple[Metric | None, torch.Tensor]:
+    """A metric of that kind, and its root as a float64 matrix. Its singular values are scale * exp(-decay * i / n), some 0 if it is `singular`."""
+    if kind is None:
+        return None, torch.eye(n, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    values = scale * torch.exp(-decay * torch.arange(n, dtype=torch.float64) / n)[torch.randperm(n, generator=generator)]
+    if kind.startswith("singular"):
+        values[torch.rand(n, generator=generator) < 0.4] = 0
+    if kind.endswith("diagonal"):
+        return Metric(values), values.diag()
+    q, p = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    return Metric(q * values @ p.T), q * values @ p.T
+
+
+def check_in_metrics(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, values: torch.Tensor, factors: Factors, rank: int) -> None:
+    """Against L^T weight R by SVD in float64; what rounding may cost is ABSOLUTE of ||L|| ||weight|| ||R||."""
+    product = factors.up.double() @ factors.down.double()
+    singular = torch.linalg.svdvals(left.T @ weight @ right)
+    size = torch.linalg.matrix_norm(left, 2) * max(weight.norm(), product.norm()) * torch.linalg.matrix_norm(right, 2)
+    error = (left.T @ (weight - product) @ right).norm()
+    assert error <= 1.0005 * singular[rank:].norm() + ABSOLUTE * size
+    assert ((values - singular[: len(values)]).abs() <= 1e-3 * size).all()
+    if singular.norm() > 0 and weight.norm() > 0:
+        relative = ((weight - product).norm() / weight.norm()).item()
+        assert math.isclose(factors.rel_error, relative, rel_tol=2e-3, abs_tol=2 * ABSOLUTE)
+        if factors.metric_error is not None:
+            measured = (error / singular.norm()).item()
+            assert abs(factors.metric_error - measured) <= 2e-3 * measured + 2 * ABSOLUTE * (size / singular.norm()).item()
+        gram = factors.up.double().T @ factors.up.double()
+        for other in (gram.diag().diag(), factors.down.double() @ factors.down.double().T):
+            assert (gram - other).norm() <= 5e-3 * product.norm()
+
+
+METRIC = st.tuples(
+    st.sampled_from([None, "diagonal", "full", "singular diagonal", "singular full"]),
+    st.sampled_from([0, 2, 6, 12]),
+    st.sampled_from([1, 1e-12, 1e9]),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 40), n=st.integers(1, 40), decay=st.sampled_from([0, 2, 6, 12]), scale=st.sampled_from([1, 1e-12, 1e9]), seed=st.integers(0, 99),
+    left=METRIC, right=METRIC, half=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_dense_is_optimal_in_any_metrics(m, n, decay, scale, seed, left, right, half, data):
+    rank = data.draw(st.integers(1, min(m, n)))
+    weight = (matrix(m, n, decay, seed) * scale).float()
+    if half:
+        weight[:, n // 2 :] = 0
+    (left_metric, left_root), (right_metric, right_root) = root(left[0], m, *left[1:], seed), root(right[0], n, *right[1:], seed + 1)
+    spectral = of_dense(weight, left=left_metric, right=right_metric)
+    check_in_metrics(weight.double(), left_root, right_root, spectral.values, spectral.cut(rank), rank)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 40), n=st.integers(1, 40), k=st.integers(1, 30), decay=st.sampled_from([0, 2, 6, 12]), scale=st.sampled_from([1, 1e-12, 1e9]),
+    seed=st.integers(0, 99), left=METRIC, right=METRIC, dead=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_product_is_optimal_in_any_metrics(m, n, k, decay, scale, seed, left, right, dead, data):
+    rank = data.draw(st.integers(1, min(m, n, k)))
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(m, k, generator=generator) * torch.exp(-decay * torch.arange(k) / k) * scale
+    down = torch.randn(k, n, generator=generator)
+    if dead:
+        up[:, 0], down[k // 2] = up[:, -1], 0
+    (left_metric, left_root), (right_metric, right_root) = root(left[0], m, *left[1:], seed), root(right[0], n, *right[1:], seed + 1)
+    spectral = of_product(up, down, left=left_metric, right=right_metric)
+    check_in_metrics(up.double() @ down.double(), left_root, right_root, spectral.values, spectral.cut(rank), rank)
+
+
+@pytest.mark.parametrize("spectrum", ["spikes", "steep", "power law"])
+def test_float32_is_left_where_it_would_not_do(spectrum):
+    """Spectra of which a Gram matrix in float32 loses the tail, in sizes where its rounding adds up."""
+    i = torch.arange(400, dtype=torch.float64)
+    values = {"spikes": torch.exp(-i / 200), "steep": torch.exp(-i / 30), "power law": (i + 1) ** -1.5}[spectrum]
+    if spectrum == "spikes":
+        values[:2] *= 300
+    u, v = (torch.linalg.qr(torch.randn(n, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))[0] for n in (900, 400))
+    weight = (u * values @ v.T).float()
+    spectral = of_dense(weight)
+    for rank in (20, 130, 300):
+        factors = spectral.cut(rank)
+        check(weight, factors.up, factors.down, rank, factors.rel_error)
+
+
+def test_one_decomposition_serves_all_ranks():
+    weight = matrix(60, 40, 12.0).float()
+    spectral = of_dense(weight)
+    for rank in (5, 35, 12, 40):
+        factors = spectral.cut(rank)
+        check(weight, factors.up, factors.down, rank, factors.rel_error)
+    product = of_product(matrix(60, 30, 3.0).float(), matrix(30, 50, 9.0).float())
+    whole = matrix(60, 30, 3.0).float().double() @ matrix(30, 50, 9.0).float().double()
+    for rank in (3, 28, 10, 30):
+        factors = product.cut(rank)
+        check(whole, factors.up, factors.down, rank, factors.rel_error)
+    torch.testing.assert_close(product.values, torch.linalg.svdvals(whole)[:30], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(50, 30), (30, 50)])
+def test_what_a_metric_does_not_see_stays_as_it_is(shape):
+    """At full rank the pair is the weight itself, though an inverse of the metric would have wiped out what it does not see."""
+    weight = matrix(*shape, 1.0).float()
+    blind = torch.ones(shape[1])
+    blind[::3] = 0
+    factors = of_dense(weight, right=Metric(blind)).cut(30)
+    assert factors.metric_error < ABSOLUTE
+    seen = int(blind.sum())
+    if shape[0] < seen:  # the outputs are all told apart by what is seen
+        torch.testing.assert_close(factors.up @ factors.down, weight, rtol=0, atol=1e-5)
+
+
+def test_moved_to_host_memory_and_back_it_cuts_alike():
+    metric = Metric(torch.rand(40) + 0.1)
+    for spectral in (of_dense(matrix(60, 40, 2.0).float(), right=metric), of_product(matrix(60, 30, 3.0), matrix(30, 40, 9.0), right=metric)):
+        one, other = spectral.cut(12), spectral.to(torch.device("cpu")).cut(12)
+        assert torch.equal(one.up, other.up) and torch.equal(one.down, other.down)
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (80, 80), (1, 40), (40, 1)])
@@ -90,8 +211,15 @@ def test_zero_matrix_has_no_error():
 def test_lost_singular_values_leave_columns_that_can_train():
     weight = torch.zeros(8, 8)
     weight[0, 0] = 1.0
-    factors = of_dense(weight).cut(3)
-    assert all((factors.up[:, i].norm() + factors.down[i].norm()) > 0 for i in range(3))
+    metric = Metric(torch.eye(8) + 0.1)
+    for spectral in (
+        of_dense(weight),
+        of_dense(weight, left=metric, right=metric),
+        of_product(weight, weight),
+        of_product(weight, weight, right=metric),
+    ):
+        factors = spectral.cut(3)
+        assert all((factors.up[:, i].norm() + factors.down[i].norm()) > 0 for i in range(3))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -102,6 +230,8 @@ def test_non_finite_is_refused(bad):
         of_dense(weight).cut(2)
     with pytest.raises(ValueError, match="NaN or Inf"):
         of_product(torch.ones(4, 4), weight)
+    with pytest.raises(ValueError, match="metric holds NaN or Inf"):
+        of_dense(torch.ones(4, 4), right=Metric(weight))
 
 
 @pytest.mark.parametrize("rank", [0, 5])

@@ -9,7 +9,8 @@ from torch import Tensor
 from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.spectral import Spectral
 
-# What calibration data say of one Linear: "inputs" is the second moment of its input, (in, in); "gradients" that of the gradient of its weight.
+# What calibration text tells of one Linear, by `plrd_train.lowrank.calibration`: "inputs" is the second moment of its input, (in, in); "magnitudes"
+# the mean magnitude of each input channel and "gradients" the Fisher information of each, (in,).
 Statistic = Tensor
 
 
@@ -20,7 +21,7 @@ class Factorizer(Protocol):
     """Whether a Linear is factored on the inputs that the Linears before it give once they are factored: such a method has a driver of its own."""
 
     statistics: ClassVar[str | None]
-    """What it needs of each Linear: "inputs", "gradients" (see Statistic), or None: no data."""
+    """What it needs to know of each Linear: the name of a Statistic, or None. A method that needs one has a setting `calibration_tokens`."""
 
     def dense(self, weight: Tensor, statistic: Statistic | None) -> Spectral:
         """Decompose a dense `weight` (out, in)."""

@@ -1,8 +1,8 @@
 """`rom`: the principal components of each Linear's outputs, in order (reduced order modelling, LLM-ROM, arXiv 2312.07046, section 2).
 
 With the eigenvectors V of E[y y^T], y = W x, on calibration text, W ≈ V_r (V_r^T W), where x is what the Linear is given once those before it are
-factored. That is the pair whose outputs are nearest to the Linear's own, and is found as such, without the outputs themselves, by the moment of x; the
-two factors come out balanced, where the paper leaves V_r orthonormal.
+factored. That is the pair whose outputs are nearest to the Linear's own, and is found as such, without the outputs themselves, by the moment of x.
+The two factors come out balanced, where the paper leaves V_r orthonormal.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from plrd_train.lowrank.factorizers import Statistic
-from plrd_train.lowrank.metrics import whitening
+from plrd_train.lowrank.metrics import whitened_peak_bytes, whitening
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Spectral, of_dense, of_product, peak_bytes
+from plrd_train.lowrank.spectral import Spectral, of_dense, of_product
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,4 @@ class Factorizer:
         return of_product(up, down, right=whitening(statistic))
 
     def peak_bytes(self, shape: Shape) -> int:
-        return peak_bytes(shape)
+        return whitened_peak_bytes(shape)

@@ -10,9 +10,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from plrd_train.lowrank.factorizers import Statistic
-from plrd_train.lowrank.metrics import whitening
+from plrd_train.lowrank.metrics import whitened_peak_bytes, whitening
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Spectral, of_dense, of_product, peak_bytes
+from plrd_train.lowrank.spectral import Spectral, of_dense, of_product
 
 
 @dataclass(frozen=True)
@@ -31,4 +31,4 @@ class Factorizer:
         return of_product(up, down, right=whitening(statistic))
 
     def peak_bytes(self, shape: Shape) -> int:
-        return peak_bytes(shape)
+        return whitened_peak_bytes(shape)

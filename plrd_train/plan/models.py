@@ -1,0 +1,112 @@
+"""The models of a run on the meta device: the parent and, for each stage, what it is factored to."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from plrd_train.config import Config
+from plrd_train.errors import UserError
+from plrd_train.hub.modeling_plrd import model_ranks
+from plrd_train.hub.models import build_model
+from plrd_train.lowrank.ranks import Shape, ratio_of, uniform
+from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.plan.structure import Structure
+from plrd_train.plan.trace import Event, computing_in, trace_evaluation, trace_step
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model of the run. `name` is its member's, or "parent"; `shapes` are its eligible Linears as they are before it is made, `ranks` those that
+    they get. `training` and `evaluation` are traces of one micro-batch; a parent that is not trained has no training."""
+
+    name: str
+    ratio_requested: float
+    ratio: float
+    linear_params: int
+    tokens: int
+    shapes: dict[str, Shape]
+    ranks: dict[str, int]
+    structure: Structure
+    training: Sequence[Event]
+    evaluation: Sequence[Event]
+
+
+def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterator[Planned]:
+    """The parent and the members that the run will make of it, in order. The ranks are those of `ranks=uniform`, which are known before any weight
+    is: other allocations share out the same sum. Raises UserError where the config asks for what cannot be done with this parent."""
+    linears, scratch = config.linears, config.parent.scratch
+    ranks = model_ranks(parent)
+    model = _on_meta(parent, None)
+    shapes = {name: Shape.of(linear) for name, linear in eligible_linears(model, linears.include, linears.exclude)}
+    if not shapes:
+        raise UserError(f"linears: no Linear of {config.parent.path} is left to factor; mend linears.include and linears.exclude")
+    now = {name: shape.rank for name, shape in shapes.items() if shape.rank is not None}
+    whole = Planned("parent", 1.0, ratio_of(shapes, now), _linear_params(shapes, now), scratch.tokens if scratch else 0, {}, now, *_parts(model))
+    yield _traced(config, whole, model, world_size, train=scratch is not None)
+    for ratio, tokens in zip(config.stages.ratios, config.stages.budgets(), strict=True):
+        wanted = uniform(shapes, ratio, config.ranks.multiple)
+        if ratio > 1 and not wanted:
+            raise UserError(f"ranks.multiple: at {ratio:g}x every rank is below {config.ranks.multiple}; choose a smaller multiple")
+        ranks = {**ranks, **wanted}
+        model = _on_meta(parent, ranks)
+        member = Planned(f"{ratio:g}x", ratio, ratio_of(shapes, wanted), _linear_params(shapes, wanted), tokens, shapes, wanted, *_parts(model))
+        yield _traced(config, member, model, world_size, train=True)
+        shapes = {name: dataclasses.replace(shape, rank=wanted.get(name, shape.rank)) for name, shape in shapes.items()}
+
+
+def micro_batch(config: Config, world_size: int) -> int:
+    """Sequences that a rank takes through the model at once."""
+    return min(config.recover.micro_batch, -(-sequences(config) // world_size))
+
+
+def sequences(config: Config) -> int:
+    """Sequences of one optimizer step, over all ranks."""
+    return config.recover.global_batch_tokens // config.data.seq_len
+
+
+def _parts(model: PreTrainedModel) -> tuple[Structure, Sequence[Event], Sequence[Event]]:
+    return Structure.of(model), (), ()
+
+
+def _linear_params(shapes: dict[str, Shape], ranks: dict[str, int]) -> int:
+    return sum(shape.params(ranks.get(name)) for name, shape in shapes.items())
+
+
+def _on_meta(config: PreTrainedConfig, ranks: dict[str, int] | None) -> PreTrainedModel:
+    with torch.device("meta"):
+        return build_model(config, ranks)
+
+
+def _traced(config: Config, planned: Planned, model: PreTrainedModel, world_size: int, *, train: bool) -> Planned:
+    """`planned` with its traces: the forward and backward of the config's objective, and that of an evaluation."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.engine.settings.dtype]
+    training: Sequence[Event] = ()
+    try:
+        with computing_in(model, dtype), warnings.catch_warnings(action="ignore", category=FutureWarning):
+            model.eval()
+            ids = torch.zeros(config.evaluation.batch, config.evaluation.context, dtype=torch.long, device="meta")
+            evaluation = trace_evaluation(model, lambda model: _negative_log_likelihood(model, ids))
+            if train:
+                model.train()
+                if config.engine.settings.activation_checkpointing:
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
+                ids = torch.zeros(micro_batch(config, world_size), config.data.seq_len, dtype=torch.long, device="meta")
+                training = trace_step(model, lambda model: config.objective.settings(model, ids))
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"parent {config.parent.path}: {type(model).__name__} does not run on the meta device, so it cannot be planned ({reason})"
+        ) from error
+    return dataclasses.replace(planned, training=training, evaluation=evaluation)
+
+
+def _negative_log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
+    """As plrd_train.evaluation.perplexity computes it."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

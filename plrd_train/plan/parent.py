@@ -1,0 +1,44 @@
+"""The parent's config alone: what a plan needs of a parent. No weights and no tokenizer are read."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoConfig, PreTrainedConfig
+
+from plrd_train.config import Parent
+from plrd_train.errors import UserError
+from plrd_train.hub import parents
+
+
+def parent_config(parent: Parent) -> PreTrainedConfig:
+    """From a local folder, the cache of the hub or the hub itself; of a parent that is still to be trained from scratch, from its description, with
+    `vocab_size` as its vocabulary. Raises UserError."""
+    folder = Path(parent.path).expanduser().absolute()
+    if parent.scratch is not None and not folder.exists():
+        try:
+            return AutoConfig.for_model(**{**parent.scratch.architecture, "vocab_size": parent.scratch.vocab_size})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"parent.scratch.architecture: not a config that transformers knows ({str(error).splitlines()[0]})") from None
+    if not folder.is_dir():
+        folder = _fetched(parent.path, parent.revision or "main")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"parent {parent.path}: has no config.json; give the folder of a Hugging Face model, or of its config.json alone")
+    return parents.load_config(parents.Parent(parent.path, None, str(folder), weights={}))
+
+
+def _fetched(path: str, revision: str) -> Path:
+    """The folder of the config.json of a hub id."""
+    try:
+        return Path(hf_hub_download(path, "config.json", revision=revision)).parent
+    except HFValidationError:
+        raise UserError(f"parent {path}: no such folder, and not the form of a hub id (owner/name)") from None
+    except GatedRepoError:
+        raise UserError(f"parent {path}: gated on the hub; accept its terms on its page there and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise UserError(f"parent {path}: the hub has no revision {revision} of it (parent.revision)") from None
+    except (RepositoryNotFoundError, RemoteEntryNotFoundError):
+        raise UserError(f"parent {path}: no such folder, and no such model on the hub (for a private one set HF_TOKEN)") from None
+    except Exception as error:  # connection, proxy, server and cache errors come from several libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"parent {path}: its config.json cannot be reached ({reason}); give parent.path=FOLDER of a copy of that file") from error

@@ -1,0 +1,228 @@
+"""A plan as one object: what is printed, for people or as JSON."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from plrd_train.config import Config
+from plrd_train.plan import cost
+from plrd_train.plan.cost import GB, Checkpoints, Machine
+from plrd_train.plan.models import Planned, planned
+from plrd_train.plan.phases import Phase, as_parts, device_bytes, host_bytes, phases
+from plrd_train.plan.structure import add, total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known of a run before it begins."""
+
+    config: Config
+    parent: PreTrainedConfig
+    machine: Machine
+    models: Sequence[Planned]
+    phases: Sequence[Phase]
+    checkpoints: Checkpoints
+
+    @classmethod
+    def of(cls, config: Config, parent: PreTrainedConfig, machine: Machine) -> "Plan":
+        """Raises UserError where the config cannot be run with this parent on this machine."""
+        models = list(planned(config, parent, machine.world_size))
+        every = list(phases(config, models, machine.world_size, machine.kind))
+        return cls(config, parent, machine, models, every, cost.checkpoints(config, parent, models, machine, _dtype(parent).itemsize))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parent, in which members are published."""
+        return _dtype(self.parent)
+
+    def highest(self, stage: str | None = None) -> Phase:
+        """The phase, of the whole run or of one stage, that takes most of a device."""
+        return max((phase for phase in self.phases if stage in (None, phase.stage)), key=lambda phase: device_bytes(phase, self.machine.kind))
+
+    @property
+    def peak(self) -> Phase:
+        return self.highest()
+
+    @property
+    def needed(self) -> float:
+        """Bytes of one device."""
+        return self.machine.needed(device_bytes(self.peak, self.machine.kind))
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.machine.memory is None else self.needed <= self.machine.memory
+
+    def flops(self, model: Planned) -> float:
+        return cost.training_flops(self.config, self.parent, model)
+
+    @property
+    def evaluation_flops(self) -> float:
+        return cost.evaluation_flops(self.config, self.parent, self.models)
+
+    @property
+    def total_flops(self) -> float:
+        return self.evaluation_flops + sum(self.flops(model) for model in self.models)
+
+    def hours(self, flops: float) -> float | None:
+        seconds = self.machine.seconds(flops)
+        return None if seconds is None else seconds / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        parent, *members = self.models
+        return {
+            "experiment": self.config.experiment,
+            "run_dir": self.config.run_dir,
+            "engine": self.config.engine.name,
+            "machine": {
+                "world_size": self.machine.world_size,
+                "nodes": self.machine.nodes,
+                "device": self.machine.device,
+                "device_bytes": self.machine.memory,
+                "peak_flops_per_s": self.machine.peak,
+                "mfu": self.machine.mfu,
+                "disk_bytes_per_s": self.machine.disk,
+            },
+            "parent": {"path": self.config.parent.path, "params": parent.structure.numel, **self._published(parent)},
+            "members": [self._member(member) for member in members],
+            "memory": {
+                "phases": [_phase(phase) for phase in self.phases],
+                "peak": _phase(self.peak),
+                "device_bytes": round(self.needed),
+                "host_bytes_per_node": round(host_bytes(self.phases) * self.machine.world_size / self.machine.nodes),
+                "fits": self.fits,
+                "why": why(self),
+            },
+            "tokens": sum(member.tokens for member in members),
+            "flops": self.total_flops,
+            "hours": self.hours(self.total_flops),
+            "checkpoints": {
+                "bytes": round(self.checkpoints.size),
+                "seconds": self.checkpoints.seconds,
+                "run_dir_bytes": round(self.checkpoints.disk),
+                "stop_lead_seconds": self.checkpoints.stop_seconds,
+            },
+            "assumptions": assumptions(self),
+        }
+
+    def _published(self, model: Planned) -> dict[str, Any]:
+        return {"dtype": str(self.dtype).removeprefix("torch."), "bytes": self.dtype.itemsize * model.structure.numel}
+
+    def _member(self, member: Planned) -> dict[str, Any]:
+        return {
+            "name": member.name,
+            "ratio_requested": member.ratio_requested,
+            "ratio": member.ratio,
+            "params": member.structure.numel,
+            "linear_params": member.linear_params,
+            "ranks": rank_ranges(member),
+            **self._published(member),
+            "tokens": member.tokens,
+            "flops": self.flops(member),
+            "hours": self.hours(self.flops(member)),
+        }
+
+
+def rank_ranges(model: Planned) -> dict[str, list[int]]:
+    """{the last part of a Linear's name: [lowest, highest rank]}; those that stay dense are absent."""
+    ranges: dict[str, list[int]] = {}
+    for name, rank in model.ranks.items():
+        kind = name.rpartition(".")[2]
+        low, high = ranges.get(kind, (rank, rank))
+        ranges[kind] = [min(low, rank), max(high, rank)]
+    return ranges
+
+
+def amount(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
+
+
+def why(plan: Plan) -> str:
+    """One sentence: what takes the most memory, and what is left or lacks."""
+    peak, machine = plan.peak, plan.machine
+    held = peak.device if machine.kind == "cuda" else add(peak.device, peak.host)
+    parts = ", ".join(f"{amount(size)} {name}" for name, size in sorted(held.items(), key=lambda item: -item[1]) if size >= total(held) / 1000)
+    shards = machine.world_size // getattr(plan.config.engine.settings, "replicas", 1)
+    share = f"1/{shards}" if shards > 1 else "all"
+    where = f"{peak.stage}, {peak.name}{f' ({peak.when})' if peak.when else ''}"
+    said = f"the most is in {where}: {amount(total(held))} of tensors on a rank, which has {share} of the parameters: {parts}"
+    if machine.kind == "cuda":
+        said += f"; {amount(plan.needed)} with the allocator and the context"
+    if machine.memory is None:
+        return said
+    left = machine.memory - plan.needed
+    if left >= 0:
+        return f"it fits: {said}, of {amount(machine.memory)}, so {amount(left)} are left"
+    return f"it does not fit: {said}, of {amount(machine.memory)}, so {amount(-left)} lack{_mend(plan)}"
+
+
+def _mend(plan: Plan) -> str:
+    """What would help most against the largest part."""
+    parts, settings = plan.peak.device, plan.config.engine.settings
+    largest = max(parts, key=lambda name: parts[name])
+    if largest == "activations":
+        if not settings.activation_checkpointing:
+            return "; try engine.activation_checkpointing=true"
+        return "; try a smaller recover.micro_batch" if plan.config.recover.micro_batch > 1 else "; try a smaller data.seq_len"
+    if largest == "factorization":
+        return "; one weight is whole on a rank, so more ranks do not help: leave the largest Linears out (linears.exclude)"
+    if getattr(settings, "replicas", 1) > 1:
+        return "; try fewer engine.replicas"
+    if getattr(settings, "offload_optimizer", "cpu") == "none":
+        return "; try more ranks, or engine.offload_optimizer=cpu"
+    return "; try more ranks, or engine=zero3 engine.offload_optimizer=cpu"
+
+
+def assumptions(plan: Plan) -> dict[str, str]:
+    """What the figures rest on that nothing here has measured, each with its value."""
+    machine = plan.machine
+    said = {"a GB": "1e9 bytes"}
+    if machine.peak is not None:
+        said["speed"] = f"{machine.mfu:.0%} of {machine.peak / 1e12:.0f} TFLOP/s (dense bf16 peak of one {machine.device}) in training and evaluation"
+        said["hours"] = "of training and evaluation; factoring, loading, checkpoints and recomputed activations are not in them"
+    if machine.kind == "cuda":
+        said["overhead on a device"] = (
+            f"{cost.FRAGMENTATION:.0%} of the tensors for the caching allocator, and {cost.CONTEXT / GB:.0f} GB for CUDA and NCCL"
+        )
+    said["attention"] = "a fused kernel, without a matrix of the size of the square of the sequence"
+    said["disk"] = f"{machine.disk / GB:g} GB/s for all ranks together, writing or reading; a checkpoint is written, and read once for its checksums"
+    steps = f"{cost.STEPS_TO_STOP} steps, " if machine.peak is not None else "a step or two, whose time is not known here, "
+    said["stop"] = (
+        f"{steps}the checkpoint that is being written, one more, and {cost.STOP_MARGIN_S:.0f} s; "
+        "in training, where a stop saves the stage that is under way"
+    )
+    if plan.config.ranks.name != "uniform":
+        said["ranks"] = f"uniform; ranks={plan.config.ranks.name} shares out about the same sum once the weights are known"
+    if getattr(plan.config.engine.settings, "compile", False):
+        said["compile"] = "activations without it, which are no fewer"
+    return said
+
+
+def _phase(phase: Phase) -> dict[str, Any]:
+    return {
+        "stage": phase.stage,
+        "phase": phase.name,
+        "when": phase.when,
+        "device": as_parts(phase.device),
+        "device_bytes": round(total(phase.device)),
+        "host": as_parts(phase.host),
+        "host_bytes": round(total(phase.host)),
+    }
+
+
+def _dtype(parent: PreTrainedConfig) -> torch.dtype:
+    dtype = parent.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def kinds(ranks: dict[str, list[int]]) -> str:
+    """Ranks by kind of Linear, kinds of equal ranks together: "q/o 910, k/v 364"."""
+    together: dict[str, list[str]] = {}
+    for kind, (low, high) in ranks.items():
+        said = str(low) if low == high else f"{low}-{high}"
+        together.setdefault(said, []).append(re.sub(r"_proj$", "", kind))
+    return ", ".join(f"{'/'.join(names)} {said}" for said, names in together.items())

@@ -1,0 +1,66 @@
+"""What engines see of a model: its parameters by shape, module and block."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+Parts = dict[str, float]  # bytes by part of memory, such as "parameters"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """`module` holds it; `block` is the repeated block around that, "" for what belongs to none (embeddings, last norm, lm_head)."""
+
+    name: str
+    shape: tuple[int, ...]
+    module: str
+    block: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The parameters of a model, tied ones once, and all modules with those of their own: {module: parameters}."""
+
+    parameters: tuple[Parameter, ...]
+    modules: dict[str, tuple[Parameter, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Structure":
+        names = blocks(model)
+        parameters, by_identity = [], {}
+        for name, parameter in model.named_parameters():
+            block = next((block for block in names if name.startswith(f"{block}.")), "")
+            parameters.append(Parameter(name, tuple(parameter.shape), name.rpartition(".")[0], block))
+            by_identity[id(parameter)] = parameters[-1]
+        modules = {name: tuple(by_identity[id(p)] for p in module._parameters.values() if p is not None) for name, module in model.named_modules()}
+        return cls(tuple(parameters), modules)
+
+    @property
+    def numel(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters)
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """The names of the repeated blocks of a Hugging Face model, in the order of the model: the units of FSDP2 and of activation checkpointing."""
+    kinds = getattr(model, "_no_split_modules", None) or ()
+    return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
+
+
+def add(*parts: Mapping[str, float]) -> Parts:
+    """The sum, part by part."""
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(name for part in parts for name in part)}
+
+
+def total(parts: Mapping[str, float]) -> float:
+    return sum(parts.values())
+
+
+def largest(*candidates: Parts) -> Parts:
+    """That of the largest total."""
+    return max(candidates, key=total)

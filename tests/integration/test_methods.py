@@ -1,0 +1,54 @@
+"""A whole family by each method, through the real pipeline."""
+
+import json
+
+import pytest
+from faults import kill_before
+from processes import run_job
+
+ZERO3 = ("engine=zero3", "engine.dtype=fp32", "engine.activation_checkpointing=false")
+
+
+def family(command, run_dir, size, method, *overrides):
+    """The members of a family of two short stages by `method`."""
+    chosen = (f"factorizer={method}", "factorizer.calibration_tokens=700", "stages.tokens=512", "evaluation.tokens=500")
+    ended = run_job(size, command(run_dir, *chosen, *overrides))
+    assert (ended.status, ended.err) == (0, "")
+    return json.loads((run_dir / "family.json").read_text())["members"]
+
+
+def calibration(run_dir):
+    """The tokens of each calibration."""
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [event["calibration/tokens"] for event in events if event["kind"] == "calibration"]
+
+
+@pytest.mark.parametrize("method", ["asvd", "fisher", "rom", "whitened"])
+def test_a_family_by_each_method(command, tmp_path, method):
+    found = family(command, tmp_path / "two", 2, method)
+    assert [entry["name"] for entry in found] == ["1.25x", "1.6x"]
+    assert calibration(tmp_path / "two") == [688, 688]  # whole sequences of 16 tokens, in each stage
+    assert [entry["tokens_total"] for entry in found] == [512, 1024]  # apart from those that are trained on
+    if method in ("rom", "whitened"):  # one of each way to factor
+        alone = family(command, tmp_path / "one", 1, method, *ZERO3)
+        for entry, other in zip(found, alone, strict=True):
+            assert entry["eval"]["ppl"] == pytest.approx(other["eval"]["ppl"], rel=2e-3)
+        assert found[0]["eval_factored"]["ppl"] == pytest.approx(alone[0]["eval_factored"]["ppl"], rel=1e-4)  # before any training
+
+
+@pytest.mark.parametrize("ranks", ["uniform", "energy"])
+def test_a_run_that_was_killed_while_it_factored_goes_on_with_what_it_had_kept(command, tmp_path, ranks):
+    undisturbed = family(command, tmp_path / "undisturbed", 2, "whitened", f"ranks={ranks}", "stages.ratios=[1.6]")
+    arguments = command(tmp_path / "killed", "factorizer=whitened", "factorizer.calibration_tokens=700", "stages.tokens=512", "evaluation.tokens=500")
+    arguments += [f"ranks={ranks}", "stages.ratios=[1.6]"]
+    assert run_job(2, arguments, kill_before, "plrd_train.recover.kept:KeptFactors.put", 4).status == -9
+    assert len(list((tmp_path / "killed" / "factors").iterdir())) >= 4
+    found = family(command, tmp_path / "killed", 2, "whitened", f"ranks={ranks}", "stages.ratios=[1.6]")
+    assert [{**entry, "seconds": None} for entry in found] == [{**entry, "seconds": None} for entry in undisturbed]
+    assert not (tmp_path / "killed" / "factors").exists()
+
+
+def test_calibration_text_of_less_than_a_sequence_is_refused(command, tmp_path):
+    ended = run_job(1, command(tmp_path / "run", "factorizer=whitened", "factorizer.calibration_tokens=10"))
+    assert ended.status == 2
+    assert ended.err.strip() == "error: factorizer.calibration_tokens: 10 is less than one sequence (data.seq_len=16)"
