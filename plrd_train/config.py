@@ -66,6 +66,7 @@ class Parent:
     path: str
     revision: str | None
     trust_remote_code: bool
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None  # null: what transformers chooses, sdpa where the architecture has it
     scratch: Scratch | None
 
 
@@ -277,6 +278,8 @@ def _check_together(config: Config) -> None:
             f"ranks: {config.ranks.name} needs the spectra of all Linears first, and factorizer={config.factorizer.name} factors "
             "them in order; choose ranks=uniform, or another factorizer"
         )
+    if config.parent.attention == "flash_attention_2" and config.engine.settings.dtype == "fp32":
+        raise UserError("parent.attention: flash_attention_2 does not compute in float32; choose engine.dtype=bf16, or sdpa")
     if config.recover.global_batch_tokens < config.data.seq_len:
         raise UserError(
             f"recover.global_batch_tokens: {config.recover.global_batch_tokens} is less than one sequence (data.seq_len={config.data.seq_len})"

@@ -23,7 +23,7 @@ from plrd_train.family import Family
 from plrd_train.hub.card import member_card
 from plrd_train.hub.members import publish
 from plrd_train.hub.modeling_plrd import model_ranks
-from plrd_train.hub.models import HubArchitecture
+from plrd_train.hub.models import HubArchitecture, check_attention
 from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, open_parent
 from plrd_train.hub.weights import WeightReader, parent_dtype
 from plrd_train.lowrank.calibration import collect
@@ -90,6 +90,7 @@ class Run:
         self.parent = world.node_by_node(lambda: on_this_node(parent, remote_code))
         self.tokenizer = world.on_all(lambda: load_tokenizer(self.parent, remote_code))
         self._parent_config = world.on_all(lambda: load_config(self.parent))
+        world.on_all(lambda: check_attention(self._parent_config, config.parent.attention))
         self._dtype = world.on_main(lambda: parent_dtype(self.parent))
         self._held_out: list[EvalDocument] = world.on_main(
             lambda: evaluation_documents(held_out, self.tokenizer, config.evaluation.context, config.evaluation.tokens, config.data.skip_bad)
@@ -153,7 +154,7 @@ class Run:
 
     def architecture(self, ranks: Mapping[str, int] | None) -> HubArchitecture:
         """The parent's architecture with exactly these Linears low-rank; None: those of the parent itself."""
-        return HubArchitecture(self._parent_config, ranks)
+        return HubArchitecture(self._parent_config, ranks, self.config.parent.attention)
 
     def shapes(self) -> dict[str, Shape]:
         """The eligible Linears of the model in the engine."""
@@ -212,7 +213,8 @@ class Run:
 
     def blocks(self, stage: Stage, progress: Progress) -> Iterator[Block]:
         """The blocks of the model in the engine in order, with what the calibration text gives each."""
-        return walk(self.architecture(progress.ranks), gathered(self.engine), self._calibration(stage), self.engine.device)
+        in_float32 = dataclasses.replace(self.architecture(progress.ranks), attention=None)
+        return walk(in_float32, gathered(self.engine), self._calibration(stage), self.engine.device)
 
     def _calibration(self, stage: Stage) -> list[Tensor]:
         """This rank's calibration text. A collective."""

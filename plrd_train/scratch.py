@@ -13,7 +13,7 @@ from plrd_train.data.loader import merge_positions
 from plrd_train.engine import Engine
 from plrd_train.errors import UserError
 from plrd_train.hub.members import publish
-from plrd_train.hub.models import HubArchitecture, build_model
+from plrd_train.hub.models import HubArchitecture, build_model, check_attention
 from plrd_train.hub.parents import Parent
 from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.loop import optimizer_of
@@ -71,7 +71,8 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
     tokenizer_folder = folder.with_name(folder.name + "-tokenizer")
     tokenizer = world.on_main(lambda: _tokenizer(scratch, config, tokenizer_folder))
     model_config = world.on_main(lambda: _architecture(scratch, tokenizer))
-    architecture = HubArchitecture(model_config)
+    world.on_all(lambda: check_attention(model_config, config.parent.attention))
+    architecture = HubArchitecture(model_config, attention=config.parent.attention)
     checkpoints = Checkpoints(home / "checkpoints", engine, config.checkpoint.keep)
     loader = world.on_all(lambda: open_loader(config, world, corpus, tokenizer))
     tracker = open_tracker(config, world, home, scratch.tokens)

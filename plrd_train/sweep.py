@@ -108,7 +108,9 @@ def run_point(config: DictConfig) -> None:
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     threads = max(1, cores // ranks)
     run_dir = config.run_dir.replace("'", "\\'")  # it may hold what Hydra knows of a sweep alone, as ${hydra:job.num}
-    overrides = [*HydraConfig.get().overrides.task, f"++run_dir='{run_dir}'"]
+    known = HydraConfig.get()
+    folders = [f"--config-dir={source.path}" for source in known.runtime.config_sources if source.provider == "command-line"]
+    overrides = [*folders, *known.overrides.task, f"++run_dir='{run_dir}'"]
 
     number = signal.Signals[f"SIG{job.USR_SIG}"]
     requeue = signal.signal(number, signal.SIG_IGN)  # Slurm sends it to all processes of the job, and those below inherit that

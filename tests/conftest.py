@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from tiny_family import write_corpus, write_parent
 from tiny_parents import CONFIGS, VOCABULARY, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+for number in (signal.SIGINT, signal.SIGHUP):  # which a shell lets its background jobs ignore, and nohup too: they are sent to runs here
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parents[1]
 SaveParent = Callable[..., tuple[Path, PreTrainedModel]]
 

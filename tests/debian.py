@@ -18,4 +18,4 @@ def require_debian(*packages: str) -> None:
     for command in (["apt-get", "update"], ["apt-get", "install", "--yes", "--no-install-recommends", *packages]):
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode:
-            pytest.skip(f"{' '.join(command[:2])} failed: {run.stderr.strip().splitlines()[-1:]}")
+            pytest.skip(f"{' '.join(command[:2])} failed: {(run.stderr.strip().splitlines() or ['no reason given'])[-1]}")

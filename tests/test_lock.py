@@ -74,6 +74,11 @@ def test_it_is_there_while_it_is_held_and_gone_afterwards(tmp_path):
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
 
 
+def is_dead(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_a_second_writer_on_the_same_host_is_refused_at_once_and_takes_over_from_one_that_was_killed(tmp_path):
     with started(1, hold, tmp_path) as job:
         wait_for(lambda: "held" in job.out)
@@ -83,7 +88,7 @@ def test_a_second_writer_on_the_same_host_is_refused_at_once_and_takes_over_from
             with pytest.raises(UserError, match=rf"another run writes {tmp_path} \(host {socket.gethostname()}, pid {job.pids[0]}, since 20"):
                 Lock(tmp_path, never).acquire()
         os.kill(job.pids[0], signal.SIGKILL)
-        wait_for(lambda: Path(f"/proc/{job.pids[0]}/stat").read_text().rpartition(")")[2].split()[0] == "Z")  # its parent has not noticed
+        wait_for(lambda: is_dead(job.pids[0]))  # whether or not its parent has noticed
         heir = Lock(tmp_path, never)
         start = time.monotonic()
         heir.acquire()

@@ -9,17 +9,28 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import with_ranks
 
 
-def build_model(config: PreTrainedConfig, ranks: Mapping[str, int] | None = None) -> PreTrainedModel:
+def build_model(config: PreTrainedConfig, ranks: Mapping[str, int] | None = None, attention: str | None = None) -> PreTrainedModel:
     """The causal LM of `config` in float32 on the default device, usually under `torch.device("meta")`; its weights are not set.
 
     `ranks` {module name: rank} says which Linears are low-rank, all others being dense; None leaves that to the config (of a member). The class is
-    the one that `AutoModelForCausalLM` loads a published member as. Raises ValueError where `ranks` names something that is no Linear.
+    the one that `AutoModelForCausalLM` loads a published member as. `attention` is one of transformers' implementations; None: its own choice. Raises
+    ValueError where `ranks` names something that is no Linear or the architecture has no such attention, ImportError where that is not installed.
     """
     config = copy.deepcopy(config) if ranks is None else with_ranks(config, ranks)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False)
+
+
+def check_attention(config: PreTrainedConfig, attention: str | None) -> None:
+    """Raise UserError where the architecture, the machine or what is installed has no such attention."""
+    try:
+        with torch.device("meta"):
+            build_model(config, attention=attention)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"parent.attention: {attention} cannot be used here ({str(error).splitlines()[0]}); choose sdpa") from None
 
 
 @torch.no_grad()
@@ -64,13 +75,15 @@ def _without_parameters(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class HubArchitecture:
-    """The causal LM of `config` with the Linears of `ranks` low-rank (see `build_model`): what `plrd_train.engine.Architecture` asks for."""
+    """The causal LM of `config` with the Linears of `ranks` low-rank, and that `attention` (see `build_model`): what
+    `plrd_train.engine.Architecture` asks for."""
 
     config: PreTrainedConfig
     ranks: Mapping[str, int] | None = None
+    attention: str | None = None
 
     def build(self) -> PreTrainedModel:
-        return build_model(self.config, self.ranks)
+        return build_model(self.config, self.ranks, self.attention)
 
     def refill(self, model: nn.Module) -> None:
         refill_buffers(cast(PreTrainedModel, model))

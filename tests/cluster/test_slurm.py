@@ -125,7 +125,7 @@ def test_a_job_that_loses_a_node_comes_back(slurm, undisturbed, command, tmp_pat
     in_training(slurm, job, run_dir, 30)
     slurm.cut("node2")
     until(slurm, job, run_dir, lambda known: known["Restarts"] == "1")
-    assert "status 1, node2 does not respond" in (run_dir / "slurm" / job / "batch.log").read_text()
+    assert "status 1, a node is lost" in (run_dir / "slurm" / job / "batch.log").read_text()
     slurm.write_off("node2")
     slurm.boot("node2")
     ended(slurm, job, run_dir)

@@ -1,5 +1,7 @@
 """Models built on the meta device and filled by hand against plain transformers."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,14 +10,15 @@ from tiny_parents import CONFIGS
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from plrd_train.hub.models import build_model, refill_buffers
+from plrd_train.errors import UserError
+from plrd_train.hub.models import build_model, check_attention, refill_buffers
 from plrd_train.hub.parents import load_config, open_parent
 from plrd_train.hub.weights import WeightReader
 
 
-def on_meta(parent, ranks=None):
+def on_meta(parent, ranks=None, attention=None):
     with torch.device("meta"):
-        return build_model(load_config(parent), ranks).eval()
+        return build_model(load_config(parent), ranks, attention).eval()
 
 
 def materialize(model, parent):
@@ -45,6 +48,32 @@ def test_real_parent_gives_the_logits_of_from_pretrained(assets):
     model = materialize(on_meta(parent := open_parent(str(folder))), parent)
     tokens = torch.arange(3, 131)[None]
     torch.testing.assert_close(model(tokens).logits, AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits, atol=1e-6, rtol=0)
+
+
+def test_the_attention_asked_for_is_the_one_that_computes(save_parent, tokens):
+    folder, _ = save_parent("llama")
+    parent = open_parent(str(folder))
+    model = materialize(on_meta(parent, attention="eager"), parent)
+    assert all(layer.self_attn.config._attn_implementation == "eager" for layer in model.model.layers)
+    assert model(tokens, output_attentions=True).attentions[0].shape[-2:] == (12, 12)  # which a fused kernel does not give
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(model(tokens).logits, expected(tokens).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and find_spec("flash_attn") is not None, reason="flash-attn works here")
+def test_an_attention_that_cannot_be_used_is_refused(save_parent):
+    config = load_config(open_parent(str(save_parent("llama")[0])))
+    check_attention(config, "sdpa")
+    with pytest.raises(UserError, match=r"^parent\.attention: flash_attention_2 cannot be used here \([^\n]*\); choose sdpa$"):
+        check_attention(config, "flash_attention_2")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="needs a GPU and flash-attn")
+def test_flash_attention_gives_the_logits_of_sdpa(save_parent, tokens):
+    folder, _ = save_parent("llama")
+    parent = open_parent(str(folder))
+    fused, plain = (materialize(on_meta(parent, attention=name), parent).to("cuda", torch.bfloat16) for name in ("flash_attention_2", "sdpa"))
+    torch.testing.assert_close(fused(tokens.cuda()).logits, plain(tokens.cuda()).logits, atol=0.05, rtol=0.05)
 
 
 def test_config_given_to_build_model_is_left_alone(save_parent):

@@ -35,7 +35,8 @@ def test_points_as_jobs(command, tiny, tmp_path, monkeypatch):
         log = Path(line.rpartition("see ")[2])
     (said,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert "/no/where" in said and log.is_relative_to(tmp_path / "runs" / "multirun")
-    assert [path.name for path in (tmp_path / "run 1" / "members").iterdir()] == ["1.25x"]
+    assert run_job(1, command(tmp_path / "alone", *ONE_STAGE)).status == 0
+    assert same_members(tmp_path / "run 1", tmp_path / "alone")
 
 
 TWO = ("experiment=tinystories", "parent.path=p", "data.train=t", "data.validation=v", "--multirun", "recover.lr=1e-3,2e-3")

@@ -25,7 +25,6 @@ from plrd_train.recover.progress import Counters
 from plrd_train.stopping import StopRequest
 
 SEQ_LEN, STEPS = 16, 4
-NEVER = Pauses(Checkpoint(tokens=None, minutes=None, keep=1), StopRequest(), None, None)
 
 
 def settings(sequences: int, **changed) -> Recover:
@@ -58,7 +57,8 @@ def trained(world, folder: Path, text: Path, streams: int, recover: Recover, bud
     reader = loader(folder, text, streams, world.rank, world.size)
     perf, exchange = Perf(1.0, None, engine.device), Exchange(world)
     trainer = Trainer(engine, reader, Objective(), recover, SEQ_LEN, 0, perf, Counters(), exchange, rows.append)
-    recovered = trainer.recover(budget, recover.lr, NEVER)
+    never = Pauses(Checkpoint(tokens=None, minutes=None, keep=1), StopRequest(), None, None)
+    recovered = trainer.recover(budget, recover.lr, never)
     exchange.close()
     trunk = {name: whole for name, whole in engine.tensors()}
     if recovered.member is not None:
