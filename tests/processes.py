@@ -16,16 +16,7 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the forkserver imports DeepSpeed before an engine can tell it
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "transformers",
-        "plrd_train.__main__",
-        "plrd_train.engine.fsdp",
-        "plrd_train.hub.models",
-        "deepspeed.runtime.zero.muon.muon_optimizer",  # what takes DeepSpeed longest: it imports torch's compiler
-    ]
-)
+_context.set_forkserver_preload(["tests.warm"])
 TIMEOUT_S = 240
 GRACE_S = 0.3  # from the end of the first rank that fails to that of the ranks which wait for it; launchers look about as often
 

@@ -1,0 +1,22 @@
+"""What every rank of a test needs, done once, in the server that they are forked from (processes.py): imports, and what libraries cache."""
+
+import gc
+import importlib
+
+for name in (
+    "plrd_train.__main__",
+    "plrd_train.engine.fsdp",
+    "plrd_train.engine.zero3",
+    "plrd_train.hub.models",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # what takes DeepSpeed longest: it imports torch's compiler
+    "setuptools",  # which it looks for libaio with
+):
+    importlib.import_module(name)
+importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions
+# All this stays: no collection needs to look at it again, nor copies its pages into each rank by that.
+gc.collect()
+gc.freeze()
