@@ -6,6 +6,8 @@ import argparse
 import importlib.metadata
 import json
 import math
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from plrd_train.arguments import Parser, number, whole
 from plrd_train.errors import UserError
 from plrd_train.family import Family
+from plrd_train.oneshot.command import add_arguments as factor_arguments
 from plrd_train.plan.command import add_arguments as plan_arguments
 from plrd_train.tracking import console
 
@@ -28,10 +31,11 @@ EXAMPLES = """examples:
   plrd evaluate runs/quickstart/members/2.25x --data my_texts/ --json
   plrd generate runs/quickstart/members/2.25x --prompt "Return the"
   plrd report runs/quickstart
+  plrd factor meta-llama/Llama-2-7b-hf runs/rom --method rom --budget 0.8 --calibration texts/
   plrd plan experiment=mistral_7b engine=zero3 --world-size 8 --device H100
 
 FAMILY is the run_dir of a run; MEMBER the folder of one of its members, or any model: a Hugging Face folder or hub id.
-Families are made by: torchrun --nproc_per_node N -m plrd_train experiment=NAME key=value …
+Families are made by `plrd factor`, without training, and by: torchrun --nproc_per_node N -m plrd_train experiment=NAME key=value …
 """
 
 
@@ -43,8 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = given.run(given)
         if given.json:
             print(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
+        sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
+    except BrokenPipeError:  # as of `plrd show … | head`; Python would complain when it closes standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise
@@ -67,6 +75,12 @@ def _report(given: argparse.Namespace) -> dict[str, Any]:
     if not given.json:
         console.say(str(path))
     return {"report": str(path)}
+
+
+def _factor(given: argparse.Namespace) -> dict[str, Any]:
+    from plrd_train.oneshot import command
+
+    return command.run(given)
 
 
 def _plan(given: argparse.Namespace) -> dict[str, Any]:
@@ -226,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, "measure held-out perplexity: of one model, or of a family's parent and every member")
     generate = command("generate", _generate, "continue a prompt, greedily unless told otherwise")
     report = command("report", _report, "write the report of a family again and print its path")
+    factor = command("factor", _factor, "factor a parent without training, on this one process: a family of its members")
     plan = command("plan", _plan, "say what a run takes before it is launched: memory, hours, disk")
 
     for sub in (show, report):
@@ -252,7 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", metavar="N", type=int, default=0, help="of the sampling (default: %(default)s)")
     plan_arguments(plan)
-    for sub in (evaluate, generate):
+    factor_arguments(factor)
+    for sub in (evaluate, generate, factor):
         sub.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code, where the model brings some")
     return parser
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from plrd_train import engine
 from plrd_train.errors import UserError
 from plrd_train.lowrank import factorizers
-from plrd_train.lowrank.ranks import ALLOCATIONS, SPECTRAL
+from plrd_train.lowrank.ranks import ALLOCATIONS, MEASURING
 from plrd_train.recover import objectives
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -112,6 +112,7 @@ class Stages:
 class Ranks:
     name: str
     multiple: Positive
+    tokens: Positive | None  # of the text on which an allocation measures losses; null: it measures none
 
 
 @section
@@ -273,10 +274,11 @@ def _check_together(config: Config) -> None:
         )
     if config.ranks.name not in ALLOCATIONS:
         raise UserError(f"ranks: there is no {config.ranks.name!r}; choose one of {', '.join(ALLOCATIONS)}")
-    if config.ranks.name in SPECTRAL and config.factorizer.settings.sequential:
+    if (config.ranks.tokens is None) == (config.ranks.name in MEASURING):
         raise UserError(
-            f"ranks: {config.ranks.name} needs the spectra of all Linears first, and factorizer={config.factorizer.name} factors "
-            "them in order; choose ranks=uniform, or another factorizer"
+            f"ranks.tokens: {config.ranks.name} measures losses on text; give a number of tokens"
+            if config.ranks.tokens is None
+            else f"ranks.tokens: {config.ranks.name} measures nothing on text; leave it at null"
         )
     if config.parent.attention == "flash_attention_2" and config.engine.settings.dtype == "fp32":
         raise UserError("parent.attention: flash_attention_2 does not compute in float32; choose engine.dtype=bf16, or sdpa")
@@ -284,9 +286,10 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"recover.global_batch_tokens: {config.recover.global_batch_tokens} is less than one sequence (data.seq_len={config.data.seq_len})"
         )
-    calibration = getattr(config.factorizer.settings, "calibration_tokens", config.data.seq_len)
-    if calibration < config.data.seq_len:
-        raise UserError(f"factorizer.calibration_tokens: {calibration} is less than one sequence (data.seq_len={config.data.seq_len})")
+    texts = {"factorizer.calibration_tokens": getattr(config.factorizer.settings, "calibration_tokens", None), "ranks.tokens": config.ranks.tokens}
+    for key, tokens in texts.items():
+        if tokens is not None and tokens < config.data.seq_len:
+            raise UserError(f"{key}: {tokens} is less than one sequence (data.seq_len={config.data.seq_len})")
     for budget in stages.budgets():
         if budget < config.recover.global_batch_tokens:
             raise UserError(

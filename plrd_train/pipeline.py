@@ -63,6 +63,7 @@ def compress(run: Run, stage: Stage, progress: Progress) -> UnderWay:
     wanted, factors = factor(run, stage, progress, shapes)
     ranks = {**progress.ranks, **wanted}
     run.engine.rebuild(run.architecture(ranks), factors)
+    del factors  # which the engine holds now
     entry = {
         "name": stage.name,
         "ratio_requested": stage.ratio,

@@ -27,9 +27,10 @@ from plrd_train.hub.models import HubArchitecture, check_attention
 from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, open_parent
 from plrd_train.hub.weights import WeightReader, parent_dtype
 from plrd_train.lowrank.calibration import collect
-from plrd_train.lowrank.distributed import Decomposed, DecompositionError
+from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Spectra
 from plrd_train.lowrank.factorizers import Statistic
-from plrd_train.lowrank.ranks import ALLOCATIONS, Shape
+from plrd_train.lowrank.ranks import ALLOCATIONS, Measured, Shape
+from plrd_train.lowrank.sensitivity import measure
 from plrd_train.lowrank.surgery import eligible_linears
 from plrd_train.lowrank.walk import Block, gathered, walk
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
@@ -105,6 +106,7 @@ class Run:
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, config.checkpoint.keep)
         self.kept = KeptFactors(run_dir / "factors", world.device)
         self.counters = Counters()
+        self._texts: dict[tuple[int, int], list[Tensor]] = {}  # (stage, tokens) -> calibration text, of one stage
         self._branch_of: Snapshot | None = None  # the trunk, of a stage that goes on in its branch
         self._loader = world.on_all(lambda: open_loader(config, world, self._train, self.tokenizer))
         self._tracker = open_tracker(config, world, run_dir, sum(budgets))
@@ -164,9 +166,12 @@ class Run:
             raise SharedError(f"linears: no Linear of {self.config.parent.path} is left to factor; mend linears.include and linears.exclude")
         return shapes
 
-    def ranks(self, stage: Stage, shapes: Mapping[str, Shape], values: Mapping[str, Tensor] | None = None) -> dict[str, int]:
-        """The rank of each Linear that is low-rank at the ratio of `stage`; `values` are the spectra, where the allocation looks at them."""
-        ranks = ALLOCATIONS[self.config.ranks.name](shapes, stage.ratio, self.config.ranks.multiple, values)
+    def ranks(self, stage: Stage, shapes: Mapping[str, Shape], spectra: Spectra | None = None) -> dict[str, int]:
+        """The rank of each Linear that is low-rank at the ratio of `stage`; by the `spectra` of all of them, where the allocation looks at them. A
+        collective where it measures losses too."""
+        values = spectra.values if spectra else None
+        measured = self._measured(stage, shapes, spectra) if spectra and self.config.ranks.tokens else None
+        ranks = ALLOCATIONS[self.config.ranks.name](shapes, stage.ratio, self.config.ranks.multiple, values, measured)
         if stage.ratio > 1 and not ranks:
             raise SharedError(f"ranks.multiple: at {stage.ratio:g}x every rank is below {self.config.ranks.multiple}; choose a smaller multiple")
         return ranks
@@ -209,21 +214,35 @@ class Run:
         if kind is None:
             yield names, {}
         else:
-            yield from collect(self.engine, kind, shapes, names, self._calibration(stage))
+            yield from collect(self.engine, kind, shapes, names, self._text(stage, self.config.factorizer.settings.calibration_tokens))
 
     def blocks(self, stage: Stage, progress: Progress) -> Iterator[Block]:
         """The blocks of the model in the engine in order, with what the calibration text gives each."""
         in_float32 = dataclasses.replace(self.architecture(progress.ranks), attention=None)
-        return walk(in_float32, gathered(self.engine), self._calibration(stage), self.engine.device)
+        text = self._text(stage, self.config.factorizer.settings.calibration_tokens)
+        return walk(in_float32, gathered(self.engine), text, self.engine.device)
 
-    def _calibration(self, stage: Stage) -> list[Tensor]:
-        """This rank's calibration text. A collective."""
+    def _measured(self, stage: Stage, shapes: Mapping[str, Shape], spectra: Spectra) -> dict[str, Measured]:
+        """What the loss of the model in the engine grows by with each Linear alone at one rank."""
+        assert self.config.ranks.tokens is not None
+        text = self._text(stage, self.config.ranks.tokens)
+        with console.progress(f"stage {stage.index}: measure losses", len(shapes), "weights") as bar:
+            return measure(self.engine, spectra, shapes, text, lambda name: bar.update(1))
+
+    def _text(self, stage: Stage, tokens: int) -> list[Tensor]:
+        """This rank's part of that much calibration text, which is read once in a stage. A collective."""
+        if (stage.index, tokens) not in self._texts:
+            self._texts = {key: text for key, text in self._texts.items() if key[0] == stage.index}
+            self._texts[stage.index, tokens] = self._read_text(stage, tokens)
+        return self._texts[stage.index, tokens]
+
+    def _read_text(self, stage: Stage, tokens: int) -> list[Tensor]:
         config = self.config
         batches = self.world.on_all(
             lambda: calibration_batches(
                 self._train,
                 self.tokenizer,
-                tokens=config.factorizer.settings.calibration_tokens,
+                tokens=tokens,
                 seq_len=config.data.seq_len,
                 streams=config.data.streams,
                 seed=config.seed,
@@ -234,8 +253,8 @@ class Run:
                 skip_bad=config.data.skip_bad,
             )
         )
-        tokens = sum(self.world.share(sum(batch.numel() for batch in batches)))
-        self._tracker.log_event("calibration", {"stage/index": stage.index, "calibration/tokens": tokens})
+        read = sum(self.world.share(sum(batch.numel() for batch in batches)))
+        self._tracker.log_event("calibration", {"stage/index": stage.index, "calibration/tokens": read})
         return batches
 
     def recover(self, stage: Stage, progress: Progress, under_way: UnderWay) -> tuple[Recovered, float]:

@@ -1,6 +1,7 @@
 """Fixtures that every test may use. The only place under tests/ that knows where the real parents and corpora lie."""
 
 import copy
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -11,6 +12,9 @@ import torch
 from tiny_family import write_corpus, write_parent
 from tiny_parents import CONFIGS, VOCABULARY, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from plrd_train.cli import main
+from plrd_train.tracking import console
 
 for number in (signal.SIGINT, signal.SIGHUP):  # which a shell lets its background jobs ignore, and nohup too: they are sent to runs here
     if signal.getsignal(number) is signal.SIG_IGN:
@@ -83,3 +87,32 @@ def command(tiny: Path) -> Callable[..., list[str]]:
         ]
 
     return arguments
+
+
+@pytest.fixture
+def plrd(monkeypatch, capfd):
+    """plrd(*arguments) -> (exit status, standard output, standard error)."""
+    monkeypatch.setattr(console, "_main", True)  # put back afterwards, for other tests
+    monkeypatch.setattr(console, "_to_stderr", False)
+
+    def call(*arguments) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def plrd_json(plrd):
+    """plrd_json(*arguments) -> the object that `--json` prints, alone on standard output and without NaN or infinity."""
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is no JSON")
+
+    def call(*arguments) -> dict:
+        status, out, err = plrd(*arguments, "--json")
+        assert status == 0, err
+        return json.loads(out, parse_constant=refuse)
+
+    return call

@@ -21,7 +21,6 @@ from plrd_train.compose import compose
 from plrd_train.pipeline import make_family
 from plrd_train.run import Run
 from plrd_train.stopping import StopRequest
-from plrd_train.tracking import console
 
 CONTEXT, TOKENS = 24, 500
 
@@ -71,35 +70,6 @@ def world_of_models(tmp_path_factory) -> Path:
         }
         run_ranks(1, make, [f"{key}={value}" for key, value in overrides.items()])
     return root
-
-
-@pytest.fixture
-def plrd(monkeypatch, capfd):
-    """plrd(*arguments) -> (exit status, standard output, standard error)."""
-    monkeypatch.setattr(console, "_main", True)  # put back afterwards, for other tests
-    monkeypatch.setattr(console, "_to_stderr", False)
-
-    def call(*arguments) -> tuple[int, str, str]:
-        capfd.readouterr()
-        status = main([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def plrd_json(plrd):
-    """plrd_json(*arguments) -> the object that `--json` prints, alone on standard output and without NaN or infinity."""
-
-    def refuse(constant: str) -> float:
-        raise AssertionError(f"{constant} is no JSON")
-
-    def call(*arguments) -> dict:
-        status, out, err = plrd(*arguments, "--json")
-        assert status == 0, err
-        return json.loads(out, parse_constant=refuse)
-
-    return call
 
 
 def reference(folder: Path, corpus: Path, context: int = CONTEXT, tokens: int = TOKENS) -> tuple[float, int]:
@@ -278,3 +248,9 @@ def test_help_and_version(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 0 and "plrd" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["", "--json"])
+def test_a_reader_that_goes_away_is_told_nothing(world_of_models, option):
+    command = f"{sys.executable} -m plrd_train.cli show {world_of_models / 'fp32'} {option} | true"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stderr == ""

@@ -74,6 +74,8 @@ def test_a_sweep_gives_one_config_a_point():
         ("recover.global_batch_tokens=10", "recover.global_batch_tokens: 10 is less than one sequence"),
         ("linears.include=['(']", "linears.include: '(' is no regular expression"),
         ("ranks.name=best", "ranks: there is no 'best'; choose one of uniform"),
+        ("ranks.tokens=100", "ranks.tokens: uniform measures nothing on text; leave it at null"),
+        ("ranks.name=sensitivity", "ranks.tokens: sensitivity measures losses on text; give a number of tokens"),
         ("parent.attention=flash", "parent.attention: Input should be 'eager', 'sdpa' or 'flash_attention_2'"),
         ("parent.attention=flash_attention_2", "parent.attention: flash_attention_2 does not compute in float32; choose engine.dtype=bf16"),
         ("engine.replicas=0", "engine: replicas is 0: it must be at least 1"),

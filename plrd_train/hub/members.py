@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +22,96 @@ from plrd_train.hub.models import build_model
 from plrd_train.hub.parents import TOKENIZER_CODE, TOKENIZER_FILES, Parent
 
 
-def write_member(
-    folder: Path,
-    *,
-    config: PreTrainedConfig,
-    ranks: Mapping[str, int],
-    tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    parent: Parent,
-    card: str,
-    max_shard_bytes: int = 5 * 2**30,
-) -> None:
-    """Write the model of `config` with `ranks` to `folder`: config.json, safetensors of `dtype`, the parent's tokenizer, README.md from `card`.
+class MemberWriter:
+    """A Hugging Face folder that comes into being tensor by tensor: config.json, safetensors of `dtype`, the parent's tokenizer, and the card.
 
-    `tensors` gives (parameter name, full tensor) one by one, on any device and in any order; at most one shard is held in memory. Tied weights may
-    come under one of their names or both. With no ranks the folder is a plain one of the architecture itself. `folder` appears complete or not at
-    all; what a killed run left of it is replaced. Raises UserError where `folder` exists or a tensor is not finite in `dtype`, ValueError where
-    `tensors` are not exactly those of the model.
+    The model is that of `config` with `ranks`; with none the folder is a plain one of the architecture itself. `folder` appears when `publish` is
+    called, complete; until then the files lie in `draft`, which `close` removes and a later writer replaces where a run was killed. At most one shard
+    of `max_shard_bytes` is held in memory. Raises UserError where `folder` exists.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder}: exists already, and a published member is never overwritten; remove it or choose another name")
-    draft = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: PreTrainedConfig,
+        ranks: Mapping[str, int],
+        dtype: torch.dtype,
+        parent: Parent,
+        max_shard_bytes: int = 5 * 2**30,
+    ):
+        self.folder = folder = Path(folder)
+        if folder.exists():
+            raise UserError(f"{folder}: exists already, and a published member is never overwritten; remove it or choose another name")
         config = with_ranks(config, ranks)
         config.dtype = dtype
-        config.save_pretrained(draft)
-        for pattern in (*TOKENIZER_FILES, TOKENIZER_CODE, "generation_config.json"):
-            for file in Path(parent.folder).glob(pattern):
-                shutil.copyfile(file, draft / file.name)
-        (draft / "README.md").write_text(card, encoding="utf-8")
-        shards = _ShardWriter(draft, VARIANT if ranks else None, max_shard_bytes)
-        for name, tensor in _complete(config, tensors):
-            tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{folder}: {name} is not finite in {dtype}, so nothing was published; train in a wider dtype or with a smaller rate")
-            shards.add(name, tensor)
-        shards.close()
-        for path in (*draft.iterdir(), draft):
+        self.draft, self._dtype = folder.with_name(f".{folder.name}.part"), dtype
+        with torch.device("meta"):
+            model = build_model(config)
+        self._architecture = type(model).__name__
+        first_name = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+        self._canonical = {name: first_name[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._given: set[str] = set()
+        self.close()
+        self.draft.mkdir(parents=True)
+        try:
+            config.save_pretrained(self.draft)
+            for pattern in (*TOKENIZER_FILES, TOKENIZER_CODE, "generation_config.json"):
+                for file in Path(parent.folder).glob(pattern):
+                    shutil.copyfile(file, self.draft / file.name)
+        except BaseException:
+            self.close()
+            raise
+        self._shards = _ShardWriter(self.draft, VARIANT if ranks else None, max_shard_bytes)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one whole tensor, on any device, in any order; of tied ones the first that comes. Raises UserError where it is not finite in the
+        dtype, ValueError where it is none of the model's."""
+        if tensor.shape != self._shapes.get(name):
+            expected = self._shapes.get(name, "no such tensor")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {self._architecture} expects {expected}")
+        name = self._canonical[name]
+        if name in self._given:
+            return
+        self._given.add(name)
+        tensor = tensor.detach().to("cpu", self._dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        if not torch.isfinite(tensor).all():
+            mend = "train in a wider dtype or with a smaller rate"
+            raise UserError(f"{self.folder}: {name} is not finite in {self._dtype}, so nothing was published; {mend}")
+        self._shards.add(name, tensor)
+
+    def missing(self) -> list[str]:
+        """The names that were not given yet, each tied one once."""
+        return [name for name in dict.fromkeys(self._canonical.values()) if name not in self._given]
+
+    def finish(self) -> None:
+        """Close the weights: `draft` can be loaded. Raises ValueError where tensors were not given: loading would fill a hole at random."""
+        if missing := self.missing():
+            raise ValueError(f"{len(missing)} tensors of {self._architecture} were not given, among them {min(missing)}")
+        self._shards.close()
+
+    def publish(self, card: str) -> None:
+        """Let `folder` appear, with README.md from `card`."""
+        (self.draft / "README.md").write_text(card, encoding="utf-8")
+        for path in (*self.draft.iterdir(), self.draft):
             _fsync(path)
-        draft.rename(folder)
-        _fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+        self.draft.rename(self.folder)
+        _fsync(self.folder.parent)
+
+    def close(self) -> None:
+        """Remove what was not published."""
+        shutil.rmtree(self.draft, ignore_errors=True)
+
+
+def write_member(folder: Path, *, tensors: Iterable[tuple[str, Tensor]], card: str, **settings: Any) -> None:
+    """Write the model of which `tensors` gives (parameter name, full tensor) one by one to `folder`, complete or not at all, by a `MemberWriter` of
+    these `settings`. Raises what that raises, and ValueError where `tensors` are not exactly those of the model."""
+    with closing(MemberWriter(folder, **settings)) as writer:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+        writer.finish()
+        writer.publish(card)
 
 
 def publish(engine: Engine, folder: Path, **settings: Any) -> None:
@@ -77,24 +122,6 @@ def publish(engine: Engine, folder: Path, **settings: Any) -> None:
     else:
         for _ in tensors:  # gathering is collective
             pass
-
-
-def _complete(config: PreTrainedConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """Pass `tensors` on, each tied one once. Raises ValueError where they are not those of the model: loading would fill a hole at random."""
-    with torch.device("meta"):
-        model = build_model(config)
-    first_name = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
-    canonical = {name: first_name[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    given = set()
-    for name, tensor in tensors:
-        if tensor.shape != shapes.get(name):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {type(model).__name__} expects {shapes.get(name, 'no such tensor')}")
-        if canonical[name] not in given:
-            given.add(canonical[name])
-            yield canonical[name], tensor
-    if missing := set(canonical.values()) - given:
-        raise ValueError(f"{len(missing)} tensors of {type(model).__name__} were not given, among them {min(missing)}")
 
 
 class _ShardWriter:

@@ -8,6 +8,7 @@ calls them, one pass over the text each, so that the sums which exist at once on
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -116,7 +117,7 @@ def collect(
     """
     chosen = KINDS[kind]
     engine.model.eval()
-    groups = distinct_inputs(engine.model, names, lambda: _run(engine, None))
+    groups = distinct_inputs(engine.model, names, lambda: logits_of(engine, None))
     called = {name for group in groups for name in group}
     for name in names:
         if name not in called:
@@ -185,15 +186,21 @@ class Sum:
 
     def mean(self, engine: Shards, count: int, owners: Collection[int]) -> Tensor | None:
         """The ranks' sums, of `count` terms in all, over that number, on the ranks `owners`; None elsewhere. A collective, which ends the sum."""
-        if engine.world_size > 1:
-            if len(owners) == 1:
-                dist.reduce(self.total, dst=min(owners))
-            else:
-                dist.all_reduce(self.total)
-        if engine.rank not in owners:
+        total = added_up(engine, self.total, owners)
+        if total is None:
             return None
         # A product of matrices is symmetric but for rounding.
-        return self.total / count if self.total.ndim == 1 else (self.total + self.total.T) / (2 * count)
+        return total / count if total.ndim == 1 else (total + total.T) / (2 * count)
+
+
+def added_up(engine: Shards, total: Tensor, owners: Collection[int]) -> Tensor | None:
+    """The sum of the ranks' `total`, which ends, on the ranks `owners`; None elsewhere. A collective."""
+    if engine.world_size > 1:
+        if len(owners) == 1:
+            dist.reduce(total, dst=min(owners))
+        else:
+            dist.all_reduce(total)
+    return total if engine.rank in owners else None
 
 
 def _windows(groups: Sequence[tuple[str, ...]], shapes: Mapping[str, Shape], kind: type[Kind], limit: int) -> Iterator[list[tuple[str, ...]]]:
@@ -218,8 +225,8 @@ def _forward(engine: Live, sums: Mapping[str, Sum], batches: Sequence[Tensor]) -
         return lambda module, given: sums[name].add(given[0])
 
     with hooked(engine.model, sums, hook):
-        for batch in _in_step(engine, batches, sums):
-            _run(engine, batch)
+        for batch in in_step(engine, batches, sums):
+            logits_of(engine, batch)
 
 
 def _backward(engine: Live, sums: Mapping[str, Sum], batches: Sequence[Tensor]) -> None:
@@ -230,8 +237,8 @@ def _backward(engine: Live, sums: Mapping[str, Sum], batches: Sequence[Tensor]) 
         return lambda module, given, output: _Tap.apply(output, given[0], anchor, sums[name])
 
     with hooked(engine.model, sums, hook, after=True), torch.enable_grad():
-        for ids in _in_step(engine, [row[None] for batch in batches for row in batch], sums):
-            logits, ids = _run(engine, ids)
+        for ids in in_step(engine, [row[None] for batch in batches for row in batch], sums):
+            logits, ids = logits_of(engine, ids)
             nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             torch.autograd.grad(nll, anchor)
 
@@ -251,15 +258,15 @@ class _Tap(torch.autograd.Function):
         return grads[0], None, grads[0].new_zeros(()), None
 
 
-def _in_step(engine: Live, batches: Sequence[Tensor], sums: Mapping[str, Sum]) -> Iterator[Tensor | None]:
-    """This rank's batches, and then None while others have more: sharded layers are gathered together."""
+def in_step(engine: Live, batches: Sequence[Tensor], sums: Mapping[str, Sum] = MappingProxyType({})) -> Iterator[Tensor | None]:
+    """This rank's batches, and then None while others have more: sharded layers are gathered together. The `sums` count only the former."""
     for step in range(max(engine.share(len(batches)))):
         for one in sums.values():
             one.counting = step < len(batches)
         yield batches[step] if step < len(batches) else None
 
 
-def _run(engine: Live, batch: Tensor | None) -> tuple[Tensor, Tensor]:
+def logits_of(engine: Live, batch: Tensor | None) -> tuple[Tensor, Tensor]:
     """The model's logits of a batch (two tokens if there is none), and that batch on the device."""
     ids = (torch.zeros(1, 2, dtype=torch.long) if batch is None else batch).to(engine.device)
     return engine.model(input_ids=ids, use_cache=False).logits, ids

@@ -5,7 +5,6 @@ and every rank runs the same collectives in the same order. The weights of the n
 that a rank holds two whole Linears, and never more.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,13 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from plrd_train.lowrank.factorizers import Factorizer, Statistic
+from plrd_train.lowrank.owned import Kept, Weight
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Factors, Spectral
+from plrd_train.lowrank.spectral import Factors
 
 NONE: Mapping[str, Statistic] = MappingProxyType({})
 
@@ -44,16 +45,12 @@ class Shards(Protocol):
         ...
 
 
-class Kept(Protocol):
-    """Where what is finished outlives a crash. No collectives; what one rank has put, another may get after a restart."""
-
-    def get(self, name: str, key: str) -> dict[str, Tensor] | None:
-        """What was put under that name, if it was put with that key."""
-        ...
-
-    def put(self, name: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep `tensors`, in place of what there is under that name. Raises OSError where that fails."""
-        ...
+def everywhere(engine: Shards, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
+    """The float32 `tensor` that the owner holds, on every rank. A collective."""
+    whole = torch.empty(shape, device=engine.device) if tensor is None else tensor.contiguous()
+    if engine.world_size > 1:
+        dist.broadcast(whole, src=owner)
+    return whole
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def decompose(
     """
 
     def work(name: str, parts: list[Tensor]) -> Factors:
-        return _Weight(name, parts, statistics.get(name), factorizer, kept).cut(ranks[name])
+        return Weight(name, parts, statistics.get(name), factorizer, kept).cut(ranks[name])
 
     done: dict[str, Decomposed] = {}
     dealt = [dict(enumerate(names)) for names in rounds(shapes, ranks, engine.world_size)]
@@ -135,14 +132,14 @@ class Spectra:
         self.values: dict[str, Tensor] = {}
         """The singular values of each Linear added so far (`Spectral.values`), on every rank."""
         self._engine, self._shapes, self._factorizer, self._kept = engine, shapes, factorizer, kept
-        self._own: dict[str, _Weight] = {}
+        self._own: dict[str, Weight] = {}
         self._owners: dict[str, int] = {}
 
     def add(self, names: Collection[str], statistics: Mapping[str, Statistic] = NONE, on_done: Callable[[str], None] = lambda name: None) -> None:
         """Decompose the Linears `names`; otherwise as `decompose`."""
 
         def work(name: str, parts: list[Tensor]) -> Tensor:
-            self._own[name] = weight = _Weight(name, parts, statistics.get(name), self._factorizer, self._kept)
+            self._own[name] = weight = Weight(name, parts, statistics.get(name), self._factorizer, self._kept)
             values = weight.values()
             weight.rest()
             return values
@@ -153,6 +150,15 @@ class Spectra:
             for owner, name in owned.items():
                 self.values[name] = reports[owner].value
                 on_done(name)
+
+    def whole(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
+        """The factors (out, rank) and (rank, in) of a Linear that was added, at that rank, on every rank; nothing is kept. A collective."""
+        shape, owner = self._shapes[name], self._owners[name]
+        work = {owner: name}
+        cut = _in_rounds(self._engine, [work], lambda name, _: self._own[name].decomposed(self._engine.device).cut(rank), lambda made: None)
+        made = next(cut)[1]
+        up = everywhere(self._engine, made.up if made else None, (shape.out_features, rank), owner)
+        return up, everywhere(self._engine, made.down if made else None, (rank, shape.in_features), owner)
 
     def cut(self, ranks: Mapping[str, int], on_done: Callable[[Decomposed], None] = lambda done: None) -> dict[str, Decomposed]:
         """Factor every Linear named in `ranks`, each of which was added, to that rank; as `decompose`. It can be called again."""
@@ -232,61 +238,3 @@ def _scattered(
         down = engine.scatter(factors.down if factors else None, (rank, shape.in_features), owner)
         rel_error, metric_error = reports[owner].value
         yield Decomposed(name, rank, up, down, rel_error, metric_error, reports[owner].seconds)
-
-
-class _Weight:
-    """A Linear on its owner, decomposed when that is first needed: never, where all that is asked for was kept."""
-
-    def __init__(self, name: str, parts: list[Tensor], statistic: Statistic | None, factorizer: Factorizer, kept: Kept | None):
-        self._name, self._parts, self._statistic, self._factorizer, self._kept = name, parts, statistic, factorizer, kept
-        self._made: Spectral | None = None
-        self._key = _fingerprint(parts, statistic, factorizer) if kept is not None else ""
-
-    def values(self) -> Tensor:
-        return self._keep("values", lambda: {"values": self._spectral().values})["values"]
-
-    def cut(self, rank: int, device: torch.device | None = None) -> Factors:
-        def make() -> dict[str, Tensor]:
-            factors = self._spectral(device).cut(rank)
-            errors = [factors.rel_error, torch.nan if factors.metric_error is None else factors.metric_error]
-            return {"up": factors.up, "down": factors.down, "errors": torch.tensor(errors, dtype=torch.float64)}
-
-        made = self._keep(f"rank-{rank}", make)
-        rel_error, metric_error = made["errors"].tolist()
-        return Factors(made["up"], made["down"], rel_error, None if metric_error != metric_error else metric_error)
-
-    def rest(self) -> None:
-        """Move to host memory."""
-        host = torch.device("cpu")
-        if self._made is not None:
-            self._made = self._made.to(host)
-        self._parts = [part.to(host) for part in self._parts]
-
-    def _spectral(self, device: torch.device | None = None) -> Spectral:
-        """On `device`; None: where it is."""
-        if self._made is None:
-            parts = self._parts if device is None else [part.to(device) for part in self._parts]
-            dense, statistic = len(parts) == 1, self._statistic
-            self._made = self._factorizer.dense(parts[0], statistic) if dense else self._factorizer.product(parts[0], parts[1], statistic)
-            self._parts, self._statistic = [], None
-        return self._made if device is None else self._made.to(device)
-
-    def _keep(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        if self._kept is None:
-            return make()
-        name = f"{self._name}.{what}"
-        made = self._kept.get(name, self._key)
-        if made is None:
-            made = make()
-            self._kept.put(name, self._key, made)
-        return made
-
-
-def _fingerprint(parts: Sequence[Tensor], statistic: Statistic | None, factorizer: Factorizer) -> str:
-    """What the factors follow from: the weight and the statistic by their row and column sums, and the method with its settings."""
-    digest = hashlib.sha256(f"{type(factorizer).__module__} {factorizer!r}".encode())
-    for tensor in (*parts, *(() if statistic is None else (statistic,))):
-        sums = (tensor.double(),) if tensor.ndim == 1 else (tensor.sum(dim, dtype=torch.float64) for dim in range(2))
-        for one in sums:
-            digest.update(one.cpu().numpy().tobytes())
-    return digest.hexdigest()

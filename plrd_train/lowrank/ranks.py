@@ -9,8 +9,12 @@ from torch import Tensor, nn
 
 from plrd_train.lowrank.linear import LowRankLinear
 
-# What a Linear loses, by `energy`: its relative error to the one power, times its parameters to the other.
+# What a Linear loses goes as its relative error to the one power and, by `energy`, as its parameters to the other.
 OF_ERROR, OF_SIZE = 2.5, 0.25
+# The least that a Linear's growth of the loss counts, as a share of the largest one.
+LEAST = 1e-6
+# A rank, and what the model's mean nll grew by with one Linear alone at that rank.
+Measured = tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,17 @@ class Shape:
         return self.params(rank) < self.dense_params
 
 
-def uniform(shapes: Mapping[str, Shape], ratio: float, multiple: int = 1, values: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+def uniform(
+    shapes: Mapping[str, Shape],
+    ratio: float,
+    multiple: int = 1,
+    values: Mapping[str, Tensor] | None = None,
+    measured: Mapping[str, Measured] | None = None,
+) -> dict[str, int]:
     """The same ratio for every Linear (PLRD as published): rank = floor(m n / (m + n) / ratio), rounded down to `multiple` (1: not rounded).
 
     A Linear for which two factors would be no smaller than it is stays dense and is absent from the result, and so is one that is too small for a
-    single `multiple`. Ranks never grow: a Linear that is low-rank already keeps at most the rank it has. The spectra are of no account.
+    single `multiple`. Ranks never grow: a Linear that is low-rank already keeps at most the rank it has. Spectra and losses are of no account.
     """
     ranks = {}
     for name, shape in shapes.items():
@@ -54,22 +64,51 @@ def uniform(shapes: Mapping[str, Shape], ratio: float, multiple: int = 1, values
     return ranks
 
 
-def energy(shapes: Mapping[str, Shape], ratio: float, multiple: int, values: Mapping[str, Tensor]) -> dict[str, int]:
-    """One budget for all Linears together, 1 / `ratio` of their dense parameters, spent where a parameter saves the most loss.
+def energy(
+    shapes: Mapping[str, Shape], ratio: float, multiple: int, values: Mapping[str, Tensor], measured: Mapping[str, Measured] | None = None
+) -> dict[str, int]:
+    """One budget for all Linears together, spent (`split`) where a parameter saves the most loss, by the spectra alone.
 
     What a Linear loses at rank r is a power of its relative error, the root of the share of its energy that is cut off (the squares of its singular
     values, `values[name]`, which `Spectral.values` are), times a power of its size; of those tried, the powers after which the least perplexity is
-    lost (docs/methods.md). Ranks are multiples of `multiple`; a Linear that is better left as it is, dense or low-rank, stays so.
+    lost (docs/methods.md).
+    """
+    lost = {name: _errors(values[name]) ** OF_ERROR * shape.dense_params**OF_SIZE for name, shape in shapes.items()}
+    return split(shapes, ratio, multiple, lost)
+
+
+def sensitivity(
+    shapes: Mapping[str, Shape], ratio: float, multiple: int, values: Mapping[str, Tensor], measured: Mapping[str, Measured]
+) -> dict[str, int]:
+    """The same by what the model's loss was `measured` to grow by with each Linear alone at one rank (`plrd_train.lowrank.sensitivity`).
+
+    At other ranks it is taken to grow as the power of the relative error that `energy` takes. Where it did not grow at all, next to nothing is lost:
+    such Linears get the least, and share what of the budget no other has use for.
+    """
+    least = LEAST * max(grown for _, grown in measured.values())
+    lost = {}
+    for name, (rank, grown) in measured.items():
+        errors = _errors(values[name]) ** OF_ERROR
+        there = errors[rank - 1].item()
+        lost[name] = errors * (max(grown, least if least > 0 else 1.0) / there if there > 0 else 0.0)
+    return split(shapes, ratio, multiple, lost)
+
+
+def split(shapes: Mapping[str, Shape], ratio: float, multiple: int, lost: Mapping[str, Tensor]) -> dict[str, int]:
+    """One budget for all Linears, 1 / `ratio` of their dense parameters, spent where a parameter saves the most.
+
+    `lost[name]` (k,) is what is lost with that Linear at rank 1, 2, …, k; as it is now nothing is. Ranks are multiples of `multiple`; a Linear that
+    is better left as it is, dense or low-rank, stays so.
 
     By one price a parameter for all of them (Lagrange), each Linear takes all steps that are worth it, and what is left over goes to the steps that
     come next. So the total is at most the budget and less than one step below it, or what there is already; where one step each is too much, it is
     that.
     """
-    curves = {name: _curve(shape, values[name], multiple) for name, shape in shapes.items()}
+    curves = {name: _curve(shape, lost[name].double(), multiple) for name, shape in shapes.items()}
     budget = sum(shape.dense_params for shape in shapes.values()) / ratio
     chosen, spent = _at_price(curves, 0.0)
     if spent > budget:
-        low, high = 0.0, max(kept[-1].item() for _, kept in curves.values())  # a step costs at least one parameter
+        low, high = 0.0, max(lost.max().item() for _, lost in curves.values())  # a step costs at least one parameter
         for _ in range(100):
             price = (low + high) / 2
             chosen, spent = _at_price(curves, price)
@@ -80,30 +119,34 @@ def energy(shapes: Mapping[str, Shape], ratio: float, multiple: int, values: Map
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _curve(shape: Shape, values: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Parameters of a Linear at each rank that it may have, the last being what it is now, and how much it keeps of itself."""
+def _errors(values: Tensor) -> Tensor:
+    """The relative error at rank 1, 2, …, k of the k singular values, in float64."""
+    squares = values.double().square()
+    share = (squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).cumsum(0)
+    return (1 - share).clamp_min(0).sqrt()
+
+
+def _curve(shape: Shape, lost: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Parameters of a Linear at each rank that it may have, the last being what it is now, and what is lost there."""
     step = multiple * (shape.out_features + shape.in_features)
     whole = shape.params(shape.rank)
-    steps = min(len(values) // multiple, (whole - 1) // step)
-    squares = values.double().square()
-    share = (squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).cumsum(0)[multiple - 1 :: multiple][:steps]
-    kept = 1 - (1 - share).clamp_min(0) ** (OF_ERROR / 2)
+    steps = min(len(lost) // multiple, (whole - 1) // step)
     params = step * torch.arange(1, steps + 1, dtype=torch.float64)
-    return torch.cat([params, params.new_tensor([whole])]), torch.cat([kept, kept.new_ones(1)]) * shape.dense_params**OF_SIZE
+    return torch.cat([params, params.new_tensor([whole])]), torch.cat([lost[multiple - 1 :: multiple][:steps], lost.new_zeros(1)])
 
 
 def _at_price(curves: Mapping[str, tuple[Tensor, Tensor]], price: float) -> tuple[dict[str, int], float]:
     """What each Linear takes at that price of a parameter, as an index into its curve, and the parameters of all."""
-    chosen = {name: int((kept - price * params).argmax()) for name, (params, kept) in curves.items()}
+    chosen = {name: int((lost + price * params).argmin()) for name, (params, lost) in curves.items()}
     return chosen, sum(params[chosen[name]].item() for name, (params, _) in curves.items())
 
 
 def _spend(curves: Mapping[str, tuple[Tensor, Tensor]], chosen: dict[str, int], left: float) -> None:
-    """Take further steps while one fits into what is `left`, those first that keep most a parameter."""
+    """Take further steps while one fits into what is `left`, those first that save most a parameter."""
 
     def step_of(name: str) -> tuple[float, str, float]:
-        params, kept = (side[chosen[name] + 1] - side[chosen[name]] for side in curves[name])
-        return -(kept / params).item(), name, params.item()
+        params, lost = (side[chosen[name] + 1] - side[chosen[name]] for side in curves[name])
+        return (lost / params).item(), name, params.item()
 
     steps = [step_of(name) for name, (params, _) in curves.items() if chosen[name] + 1 < len(params)]
     heapq.heapify(steps)
@@ -122,6 +165,7 @@ def ratio_of(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> float:
     return dense / sum(shape.params(ranks.get(name)) for name, shape in shapes.items()) if dense else 1.0
 
 
-# Each takes (shapes, ratio, multiple, values); those in SPECTRAL look at `values`.
-ALLOCATIONS: dict[str, Callable[..., dict[str, int]]] = {"uniform": uniform, "energy": energy}
-SPECTRAL = frozenset({"energy"})
+# Each takes (shapes, ratio, multiple, values, measured); those in SPECTRAL look at `values`, those in MEASURING at `measured` too.
+ALLOCATIONS: dict[str, Callable[..., dict[str, int]]] = {"uniform": uniform, "energy": energy, "sensitivity": sensitivity}
+SPECTRAL = frozenset({"energy", "sensitivity"})
+MEASURING = frozenset({"sensitivity"})

@@ -2,20 +2,22 @@
 
 Block by block (`plrd_train.lowrank.walk`), every rank holding the whole block and its own part of the text. Within a block those Linears that share
 an input are a step: their statistic is added up over the ranks and goes to the owners, which factor one of them each and hand the factors to all.
+`decompose_in_order` is all there is to a method without more to it (`rom`); the others make their own of its parts.
 """
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from plrd_train.lowrank.calibration import KINDS, Kind, Sum, distinct_inputs, hooked
-from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Shards, owners
-from plrd_train.lowrank.factorizers import Factorizer
+from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Shards, everywhere, owners
+from plrd_train.lowrank.factorizers import Factorizer, Statistic
 from plrd_train.lowrank.linear import LowRankLinear
 from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.spectral import Factors, Spectral
@@ -33,93 +35,163 @@ def decompose_in_order(
     `plrd_train.lowrank.distributed.decompose`. Raises DecompositionError, on every rank alike, also where a Linear stands outside the blocks or no
     text reaches it.
     """
-    left = set(ranks)
+    kind, left = KINDS[str(factorizer.statistics)], set(ranks)
     for block in blocks:
-        inside = [name.removeprefix(f"{block.name}.") for name in ranks if name.startswith(f"{block.name}.")]
-        for step in _steps(engine, block, inside):
-            for made in _factor(engine, block, step, shapes, ranks, factorizer):
-                left.remove(made.name)
-                yield made
-    if left:
-        raise DecompositionError(f"{min(left)}: no block of the model calls it, so that it cannot be factored in order; see linears.exclude")
+        for step in steps(engine, block, inside(block, ranks)):
+            statistic = _statistic(engine, block, step, kind, shapes)
+            made = factor(engine, block, step, shapes, ranks, partial(decomposed, factorizer, statistic=statistic))
+            for name in step.names:
+                left.remove(name)
+                yield shards(engine, block, name, made[name])
+    refuse(left)
 
 
-def _steps(engine: Shards, block: Block, linears: Collection[str]) -> list[tuple[str, ...]]:
+@torch.no_grad()
+def collect_in_order(
+    engine: Shards, blocks: Iterable[Block], kind: type[Kind], shapes: Mapping[str, Shape], names: Collection[str]
+) -> Iterator[tuple[list[str], dict[str, Statistic]]]:
+    """What `plrd_train.lowrank.calibration.collect` yields, by a walk: for a model of which one block is in memory at a time, and inputs alone.
+
+    The Linears of a block that share an input come together. The blocks are left as they are. Raises DecompositionError as `decompose_in_order` does.
+    """
+    left = set(names)
+    for block in blocks:
+        for step in steps(engine, block, inside(block, names)):
+            statistic = _statistic(engine, block, step, kind, shapes)
+            owner = owners(shapes, step.names, engine.world_size)
+            left -= set(step.names)
+            yield step.names, {} if statistic is None else {name: statistic for name in step.names if owner[name] == engine.rank}
+    refuse(left)
+
+
+def _statistic(engine: Shards, block: Block, step: "Step", kind: type[Kind], shapes: Mapping[str, Shape]) -> Statistic | None:
+    """What the text tells of the input of the step's Linears, on their owners. A collective."""
+    one = Sum(kind, torch.zeros(kind.size(shapes[step.names[0]]), device=engine.device))
+    for batch in range(len(block.inputs)):
+        one.add(given(block, step.linears[0], batch))
+    return one.mean(engine, counted(engine, step, one.count), step.owners(shapes, engine.world_size))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Linears of a block that are given the same tensor, by their names in the block."""
+
+    block: str
+    linears: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Their names in the model."""
+        return [f"{self.block}.{linear}" for linear in self.linears]
+
+    def owners(self, shapes: Mapping[str, Shape], world_size: int) -> set[int]:
+        """The ranks that factor one of them."""
+        return set(owners(shapes, self.names, world_size).values())
+
+
+@dataclass(frozen=True)
+class Made:
+    """What all ranks know of a Linear that was factored: the rank that did it, in how many seconds, and with which errors (`Factors`)."""
+
+    owner: int
+    seconds: float
+    rel_error: float
+    metric_error: float | None
+
+
+def inside(block: Block, ranks: Collection[str]) -> list[str]:
+    """Those Linears of `ranks` that stand in the block, by their names in it."""
+    return [name.removeprefix(f"{block.name}.") for name in ranks if name.startswith(f"{block.name}.")]
+
+
+def steps(engine: Shards, block: Block, linears: Collection[str]) -> list[Step]:
     """The `linears` of the block by what they are given, in the order in which it calls them. A rank without text asks the others."""
     own = distinct_inputs(block.module, linears, lambda: block.run(0)) if block.inputs else None
-    return next(steps for steps in engine.share(own) if steps is not None)
-
-
-def _factor(
-    engine: Shards, block: Block, step: Sequence[str], shapes: Mapping[str, Shape], ranks: Mapping[str, int], factorizer: Factorizer
-) -> Iterator[Decomposed]:
-    """Factor the Linears of one step, each on its owner, and put their factors into the block on every rank."""
-    names = {f"{block.name}.{linear}": linear for linear in step}
-    owner = owners(shapes, names, engine.world_size)
-    statistic = _statistic(engine, block, step[0], KINDS[str(factorizer.statistics)], shapes[next(iter(names))], set(owner.values()))
-    own: dict[str, Factors] = {}
-    seconds: dict[str, float] = {}
-    failure = None
-    try:
-        for name in names:
-            if owner[name] == engine.rank:
-                start = time.perf_counter()
-                own[name] = _decomposed(factorizer, block.module.get_submodule(names[name]), statistic).cut(ranks[name])
-                seconds[name] = time.perf_counter() - start
-    except ValueError as error:
-        failure = f"{name}: {error}"
-    reports = engine.share((failure, {name: (made.rel_error, made.metric_error, seconds[name]) for name, made in own.items()}))
-    for failed, _ in reports:
-        if failed:
-            raise DecompositionError(failed)
-    told = {name: report for _, of_rank in reports for name, report in of_rank.items()}
-    for name, linear in names.items():
-        shape, rank, source = shapes[name], ranks[name], owner[name]
-        made = own.get(name)
-        up = _everywhere(engine, made.up if made else None, (shape.out_features, rank), source)
-        down = _everywhere(engine, made.down if made else None, (rank, shape.in_features), source)
-        _put(block.module, linear, up, down)
-        mine = source == engine.rank
-        up_shard = engine.scatter(up if mine else None, (shape.out_features, rank), source)
-        down_shard = engine.scatter(down if mine else None, (rank, shape.in_features), source)
-        yield Decomposed(name, rank, up_shard, down_shard, *told[name])
+    return [Step(block.name, group) for group in next(found for found in engine.share(own) if found is not None)]
 
 
 class _ReachedError(Exception):
     """The Linear in question has its input: the rest of the block need not run."""
 
 
-def _statistic(engine: Shards, block: Block, linear: str, kind: type[Kind], shape: Shape, owners: Collection[int]) -> Tensor | None:
-    """What the text tells of the input of one of the block's Linears, on the `owners`."""
-    one = Sum(kind, torch.zeros(kind.size(shape), device=engine.device))
+def given(block: Block, linear: str, batch: int) -> Tensor:
+    """What one of the block's Linears, which is called, is given of that batch: (n, length, in)."""
+    found: list[Tensor] = []
 
-    def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        one.add(given[0])
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
         raise _ReachedError
 
-    with hooked(block.module, [linear], lambda name: hook):
-        for batch in range(len(block.inputs)):
-            with suppress(_ReachedError):
-                block.run(batch)
-    count = sum(engine.share(one.count))
-    if not count:
-        raise DecompositionError(f"{block.name}.{linear}: no token of the calibration text reaches it")
-    return one.mean(engine, count, owners)
+    with hooked(block.module, [linear], lambda name: hook), suppress(_ReachedError):
+        block.run(batch)
+    return found[0]
 
 
-def _decomposed(factorizer: Factorizer, linear: nn.Module, statistic: Tensor | None) -> Spectral:
+def counted(engine: Shards, step: Step, count: int) -> int:
+    """The tokens of all ranks, `count` of which this one has given to a sum. A collective; raises DecompositionError for none."""
+    total = sum(engine.share(count))
+    if not total:
+        raise DecompositionError(f"{step.names[0]}: no token of the calibration text reaches it")
+    return total
+
+
+def factor(
+    engine: Shards,
+    block: Block,
+    step: Step,
+    shapes: Mapping[str, Shape],
+    ranks: Mapping[str, int],
+    decompose: Callable[[nn.Module], Spectral],
+) -> dict[str, Made]:
+    """Let the owner of each Linear of the step `decompose` it, and put its factors into the block on every rank. A collective."""
+    owner = owners(shapes, step.names, engine.world_size)
+    own: dict[str, Factors] = {}
+    seconds: dict[str, float] = {}
+    failure = None
+    try:
+        for name, linear in zip(step.names, step.linears, strict=True):
+            if owner[name] == engine.rank:
+                start = time.perf_counter()
+                own[name] = decompose(block.module.get_submodule(linear)).cut(ranks[name])
+                seconds[name] = time.perf_counter() - start
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        failure = f"{name}: {error}"
+    reports = engine.share((failure, {name: (seconds[name], made.rel_error, made.metric_error) for name, made in own.items()}))
+    for failed, _ in reports:
+        if failed:
+            raise DecompositionError(failed)
+    told = {name: report for _, of_rank in reports for name, report in of_rank.items()}
+    for name, linear in zip(step.names, step.linears, strict=True):
+        shape, rank, made = shapes[name], ranks[name], own.get(name)
+        up = everywhere(engine, made.up if made else None, (shape.out_features, rank), owner[name])
+        down = everywhere(engine, made.down if made else None, (rank, shape.in_features), owner[name])
+        _put(block.module, linear, up, down)
+    return {name: Made(owner[name], *told[name]) for name in step.names}
+
+
+def shards(engine: Shards, block: Block, name: str, made: Made) -> Decomposed:
+    """The factors that stand in the block in the place of the Linear `name`, as shards. A collective."""
+    linear = block.module.get_submodule(name.removeprefix(f"{block.name}."))
+    assert isinstance(linear, LowRankLinear)
+    up, down = linear.up.weight.detach(), linear.down.weight.detach()
+    mine = made.owner == engine.rank
+    up_shard = engine.scatter(up if mine else None, tuple(up.shape), made.owner)
+    down_shard = engine.scatter(down if mine else None, tuple(down.shape), made.owner)
+    return Decomposed(name, linear.rank, up_shard, down_shard, made.rel_error, made.metric_error, made.seconds)
+
+
+def refuse(left: Collection[str]) -> None:
+    """Raise DecompositionError where there are Linears that no block has called."""
+    if left:
+        raise DecompositionError(f"{min(left)}: no block of the model calls it, so that it cannot be factored in order; see linears.exclude")
+
+
+def decomposed(factorizer: Factorizer, linear: nn.Module, *, statistic: Tensor | None) -> Spectral:
+    """A Linear of a block, decomposed by the method."""
     if isinstance(linear, LowRankLinear):
         return factorizer.product(linear.up.weight, linear.down.weight, statistic)
     assert isinstance(linear, nn.Linear)
     return factorizer.dense(linear.weight, statistic)
-
-
-def _everywhere(engine: Shards, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
-    """The `tensor` that the owner holds, on every rank."""
-    whole = torch.empty(shape, device=engine.device) if tensor is None else tensor
-    if engine.world_size > 1:
-        dist.broadcast(whole, src=owner)
-    return whole
 
 
 def _put(block: nn.Module, linear: str, up: Tensor, down: Tensor) -> None:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from plrd_train.lowrank.distributed import Shards
+from plrd_train.lowrank.distributed import Shards, everywhere
 
 # The whole float32 parameter of that name and shape, on every rank alike.
 Read = Callable[[str, torch.Size], Tensor]
@@ -31,19 +30,30 @@ class Architecture(Protocol):
 class Block:
     """One block while it is in memory: `module`, named `name` in the model, and its calls, one for each batch of this rank.
 
-    `inputs` are the hidden states (n, length, hidden) that the blocks before it give, as they stand now; `calls` the arguments beside them.
+    `inputs` are the hidden states (n, length, hidden) that the blocks before it give, as they stand now, until `outputs` puts its own in their
+    place; `calls` the arguments beside them.
     """
 
     name: str
     module: nn.Module
     inputs: list[Tensor]
     calls: list[Call]
+    ran: bool = False
 
     def run(self, batch: int) -> Tensor:
         """The hidden states that it gives of that batch."""
         args, kwargs = self.calls[batch]
         output = self.module(self.inputs[batch], *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """The hidden states that it gives of each batch, in the place of the inputs, which are not needed again."""
+        if not self.ran:
+            for batch in range(len(self.inputs)):
+                self.inputs[batch] = self.run(batch)
+            self.ran = True
+        return self.inputs
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -71,8 +81,7 @@ def walk(architecture: Architecture, read: Read, batches: Sequence[Tensor], devi
         _fill(_parameters(module, name), read, device)
         block = Block(name, module, hidden, calls.pop(0))
         yield block
-        for batch in range(len(hidden)):
-            hidden[batch] = block.run(batch)
+        block.outputs()
         module.to_empty(device="meta")
 
 
@@ -80,17 +89,12 @@ def gathered(engine: Shards) -> Read:
     """The parameters that an engine holds. The Read that is returned is a collective."""
 
     def read(name: str, shape: torch.Size) -> Tensor:
-        whole = engine.gather(name, 0)()
-        if engine.world_size > 1:
-            whole = torch.empty(shape, device=engine.device) if whole is None else whole.contiguous()
-            dist.broadcast(whole, src=0)
-        assert whole is not None
-        return whole
+        return everywhere(engine, engine.gather(name, 0)(), shape, owner=0)
 
     return read
 
 
-@dataclass(frozen=True)
+@dataclass
 class Alone:
     """`Shards` of one process without an engine: parameters are read when they are needed, and a shard is the whole."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from plrd_train.tracking import console
 from plrd_train.tracking.table import ABSENT, count
 
 if TYPE_CHECKING:
+    from plrd_train.plan.mend import Mend
     from plrd_train.plan.phases import Phase
     from plrd_train.plan.report import Plan
 
+WIDTH = 120
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "activations", "factorization")
 
 
@@ -37,6 +40,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     from plrd_train.compose import compose
     from plrd_train.config import from_mapping
     from plrd_train.plan import cost
+    from plrd_train.plan.mend import mends
     from plrd_train.plan.parent import parent_config
     from plrd_train.plan.report import Plan
 
@@ -55,34 +59,46 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     memory = given.device_memory or cost.DEVICES.get(given.device)
     machine = cost.Machine(given.world_size, given.nodes, given.device, memory and memory * cost.GB, given.mfu, given.disk_gb_per_s * cost.GB)
     plan = Plan.of(config, parent_config(config.parent), machine)
+    would_fit = mends(plan) if plan.fits is False else []
     if not given.json:
-        _print(plan)
-    return plan.to_dict()
+        _print(plan, would_fit)
+    result = plan.to_dict()
+    result["memory"]["would_fit"] = [{"change": mend.change, "device_bytes": round(mend.needed)} for mend in would_fit]
+    return result
 
 
-def _print(plan: Plan) -> None:
+def _print(plan: Plan, would_fit: Sequence[Mend]) -> None:
     from plrd_train.plan.cost import GB
     from plrd_train.plan.phases import host_bytes
     from plrd_train.plan.report import amount, assumptions, why
 
-    machine, saved = plan.machine, plan.checkpoints
-    ranks = f"{machine.world_size} ranks{f' on {machine.nodes} nodes' if machine.nodes > 1 else ''}, each on one {machine.device}"
+    machine, saved, said = plan.machine, plan.checkpoints, why(plan)
+    spread = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
+    ranks = f"{machine.world_size} ranks{spread}, each on one {machine.device}" if machine.world_size > 1 else f"one rank on one {machine.device}"
     console.say(f"{plan.config.parent.path}, engine={plan.config.engine.name}, {ranks}\n")
+    _wrapped(f"{said[0].upper()}{said[1:]}.")
+    if would_fit:
+        _wrapped(f"It would fit with {', or with '.join(f'{mend.change} ({amount(mend.needed)})' for mend in would_fit)}.")
+    elif plan.fits is False:
+        _wrapped("Neither a lighter config nor more ranks would make it fit: what is whole on a rank is too large for such a device.")
+    console.say("")
     _table(_members(plan), right=range(1, 7))
     unit, name = (GB, "GB") if plan.needed >= GB / 10 else (1e6, "MB")
-    console.say(
-        f"\n{name} of the first rank, which has the most, at the highest moment of a phase; each phase of one stage, the highest of the others:\n"
-    )
-    _table([("stage", "phase", *PARTS, "device", "host", "when"), *(_row(phase, unit) for phase in _shown(plan))], right=range(2, 10))
-    said = why(plan)
+    console.say(f"\n{name} of tensors on the fullest rank at the highest moment; each phase of one stage, the highest of the others:\n")
+    _table([("stage", "phase", *PARTS, "device", "host"), *(_row(phase, unit) for phase in _shown(plan))], right=range(2, 10))
     host = amount(host_bytes(plan.phases) * machine.world_size / machine.nodes)
-    console.say(f"\n{said[0].upper()}{said[1:]}.\nHost memory of a node: {host} beside what the processes themselves take.")
-    disk = amount(saved.disk)
-    console.say(f"Checkpoints: {amount(saved.size)} each, {saved.seconds:.0f} s to save while training goes on; run_dir takes up to {disk}.")
-    console.say(f"To stop in time, signal {saved.stop_seconds} s before the limit.")
-    console.say("\nAssumed, not measured:")
+    console.say(f"\nHost memory of a node: {host}, beside what the processes themselves take.")
+    _wrapped(
+        f"Checkpoints: {amount(saved.size)} each, {saved.seconds:.0f} s to save while training goes on; run_dir takes up to {amount(saved.disk)}. "
+        f"To stop in time, signal {saved.stop_seconds} s before the limit (Slurm: sbatch --signal=B:USR1@{saved.stop_seconds} …)."
+    )
+    console.say("\nAssumed, not measured; a GB is 1e9 bytes:")
     for name, value in assumptions(plan).items():
-        console.say(f"  {name}: {value}")
+        _wrapped(f"{name}: {value}", indent="  ")
+
+
+def _wrapped(text: str, indent: str = "") -> None:
+    console.say(textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent * 2, break_long_words=False, break_on_hyphens=False))
 
 
 def _members(plan: Plan) -> list[Sequence[str]]:
@@ -113,7 +129,7 @@ def _row(phase: Phase, unit: float) -> Sequence[str]:
     from plrd_train.plan.structure import total
 
     sizes = [phase.device.get(part, 0.0) for part in PARTS] + [total(phase.device), total(phase.host)]
-    return phase.stage, phase.name, *(f"{size / unit:.2f}" if size else ABSENT for size in sizes), phase.when
+    return phase.stage, phase.name, *(f"{size / unit:.2f}" if size else ABSENT for size in sizes)
 
 
 def _table(rows: Sequence[Sequence[str]], right: range) -> None:

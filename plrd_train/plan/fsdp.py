@@ -10,7 +10,7 @@ dtype of the products, until its backward ends; then they are copied to a float3
 from collections.abc import Iterator, Sequence
 
 from plrd_train.engine.fsdp import Options
-from plrd_train.plan.structure import Parameter, Parts, Structure
+from plrd_train.plan.structure import Parameter, Parts, Structure, add, largest
 from plrd_train.plan.trace import Event
 
 ROOT = ""
@@ -22,7 +22,7 @@ class Memory:
     def __init__(self, options: Options, world_size: int, device: str):
         self.width = {"bf16": 2, "fp32": 4}[options.dtype]
         self.shards = world_size // options.replicas
-        self._on_cpu = device == "cpu"
+        self.on_cpu = device == "cpu"
 
     def shard(self, shape: tuple[int, ...]) -> int:
         """Elements of the first rank's shard: rows are dealt in chunks."""
@@ -47,19 +47,20 @@ class Memory:
         """What the optimizer's step holds beside `resident`: the gradients, and the roots of the second moments, of all matrices at once on a GPU
         (foreach) and one after the other on a CPU."""
         matrices = [self.shard(parameter.shape) for parameter in model.parameters if len(parameter.shape) > 1]
-        return {"gradients": 4 * self._kept(model), "optimizer": 4 * (2 * max(matrices) if self._on_cpu else sum(matrices))}
+        return {"gradients": 4 * self._kept(model), "optimizer": 4 * (2 * max(matrices) if self.on_cpu else sum(matrices))}
 
     def rebuilt(self, old: Structure, new: Structure, factors: float, *, optimizer: bool) -> tuple[Parts, Parts]:
-        """(device, host) while the structure changes: both models and the shards of the new factors, of `factors` bytes; the optimizer's states go
-        before the new model comes."""
-        return {"parameters": 4 * (self._kept(old) + self._kept(new)), "factorization": factors}, {}
+        """(device, host) while the structure changes: the shards of the new factors, of `factors` bytes, and the old model with its optimizer, whose
+        states go before the new model comes; or with that."""
+        both = {"parameters": 4 * (self._kept(old) + self._kept(new))}
+        return largest(self.resident(old, optimizer=optimizer), both) | {"factorization": factors}, {}
 
 
 class Holder:
     """See `plrd_train.plan.replay.Holder`."""
 
     def __init__(self, memory: Memory, model: Structure, gradients: float):
-        shards, self._width = memory.shards, memory.width
+        shards, self._width, self._on_cpu = memory.shards, memory.width, memory.on_cpu
         self._elements: dict[str, int] = {}  # of each unit, padded to equal shards
         for parameter in model.parameters:
             self._elements[parameter.block] = self._elements.get(parameter.block, 0) + memory.shard(parameter.shape) * shards
@@ -87,7 +88,7 @@ class Holder:
         if event.kind == "forward":
             before = list(self._received)
             self._receive(event.name)
-            yield self.held()
+            yield add(self.held(), {"gathered": self._staged(event.name)})
             for unit in before:
                 del self._received[unit]
             self._whole[event.name] = self._size(event.name)
@@ -111,12 +112,18 @@ class Holder:
     def _size(self, unit: str) -> float:
         return self._elements[unit] * self._width
 
+    def _staged(self, unit: str) -> float:
+        """gloo, which CPUs communicate by, receives into a tensor of its own and copies that."""
+        return self._size(unit) if self._on_cpu and self._shards > 1 else 0.0
+
     def _receive(self, unit: str) -> None:
         if self._shards > 1:  # with one there is nothing to receive: the shard is copied
             self._received[unit] = self._size(unit)
 
     def _reduce(self, unit: str) -> Iterator[Parts]:
         self._whole.pop(unit, None)
+        if not self._whole_gradients[unit]:  # where none is asked for, as in calibration
+            return
         self._buffer = 4.0 * self._elements[unit]
         yield self.held()
         self._whole_gradients[unit] = 0.0

@@ -3,7 +3,9 @@
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,10 @@ from plrd_train.config import Config
 from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import model_ranks
 from plrd_train.hub.models import build_model
-from plrd_train.lowrank.ranks import Shape, ratio_of, uniform
+from plrd_train.lowrank.distributed import changes
+from plrd_train.lowrank.ranks import MEASURING, Shape, ratio_of, uniform
 from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.plan.calibration import Text, passes
 from plrd_train.plan.structure import Structure
 from plrd_train.plan.trace import Event, computing_in, trace_evaluation, trace_step
 
@@ -23,7 +27,8 @@ from plrd_train.plan.trace import Event, computing_in, trace_evaluation, trace_s
 @dataclass(frozen=True)
 class Planned:
     """A model of the run. `name` is its member's, or "parent"; `shapes` are its eligible Linears as they are before it is made, `ranks` those that
-    they get. `training` and `evaluation` are traces of one micro-batch; a parent that is not trained has no training."""
+    they get. `training` and `evaluation` are traces of one micro-batch; a parent that is not trained has no training. `text` are the passes over
+    calibration text of the model before it that its factorization begins with."""
 
     name: str
     ratio_requested: float
@@ -35,6 +40,7 @@ class Planned:
     structure: Structure
     training: Sequence[Event]
     evaluation: Sequence[Event]
+    text: Text
 
 
 def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterator[Planned]:
@@ -42,22 +48,33 @@ def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterat
     is: other allocations share out the same sum. Raises UserError where the config asks for what cannot be done with this parent."""
     linears, scratch = config.linears, config.parent.scratch
     ranks = model_ranks(parent)
-    model = _on_meta(parent, None)
+    model = _on_meta(config, parent, None)
     shapes = {name: Shape.of(linear) for name, linear in eligible_linears(model, linears.include, linears.exclude)}
     if not shapes:
         raise UserError(f"linears: no Linear of {config.parent.path} is left to factor; mend linears.include and linears.exclude")
     now = {name: shape.rank for name, shape in shapes.items() if shape.rank is not None}
-    whole = Planned("parent", 1.0, ratio_of(shapes, now), _linear_params(shapes, now), scratch.tokens if scratch else 0, {}, now, *_parts(model))
+    whole = Planned(
+        "parent", 1.0, ratio_of(shapes, now), _linear_params(shapes, now), scratch.tokens if scratch else 0, {}, now, *_parts(model), Text()
+    )
     yield _traced(config, whole, model, world_size, train=scratch is not None)
     for ratio, tokens in zip(config.stages.ratios, config.stages.budgets(), strict=True):
         wanted = uniform(shapes, ratio, config.ranks.multiple)
         if ratio > 1 and not wanted:
             raise UserError(f"ranks.multiple: at {ratio:g}x every rank is below {config.ranks.multiple}; choose a smaller multiple")
+        with _tracing(config, model):
+            text = passes(config, model, shapes, changes(shapes, wanted), world_size)
         ranks = {**ranks, **wanted}
-        model = _on_meta(parent, ranks)
-        member = Planned(f"{ratio:g}x", ratio, ratio_of(shapes, wanted), _linear_params(shapes, wanted), tokens, shapes, wanted, *_parts(model))
+        model = _on_meta(config, parent, ranks)
+        member = Planned(f"{ratio:g}x", ratio, ratio_of(shapes, wanted), _linear_params(shapes, wanted), tokens, shapes, wanted, *_parts(model), text)
         yield _traced(config, member, model, world_size, train=True)
         shapes = {name: dataclasses.replace(shape, rank=wanted.get(name, shape.rank)) for name, shape in shapes.items()}
+
+
+def traced_as(config: Config, world_size: int) -> tuple[Any, ...]:
+    """What the traces of the same models differ by."""
+    settings, batches = config.engine.settings, (micro_batch(config, world_size), config.evaluation.batch)
+    looks_at_text = config.factorizer.settings.statistics is not None or config.ranks.name in MEASURING
+    return settings.dtype, settings.activation_checkpointing, batches, world_size if looks_at_text else None
 
 
 def micro_batch(config: Config, world_size: int) -> int:
@@ -78,31 +95,40 @@ def _linear_params(shapes: dict[str, Shape], ranks: dict[str, int]) -> int:
     return sum(shape.params(ranks.get(name)) for name, shape in shapes.items())
 
 
-def _on_meta(config: PreTrainedConfig, ranks: dict[str, int] | None) -> PreTrainedModel:
+def _on_meta(config: Config, parent: PreTrainedConfig, ranks: dict[str, int] | None) -> PreTrainedModel:
+    # Every fused attention is traced as one, whether its kernels are installed here or not.
+    attention = "eager" if config.parent.attention == "eager" else None
     with torch.device("meta"):
-        return build_model(config, ranks)
+        return build_model(parent, ranks, attention)
 
 
-def _traced(config: Config, planned: Planned, model: PreTrainedModel, world_size: int, *, train: bool) -> Planned:
-    """`planned` with its traces: the forward and backward of the config's objective, and that of an evaluation."""
+@contextmanager
+def _tracing(config: Config, model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model` is in evaluation and computes in the dtype of the engine's products."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.engine.settings.dtype]
-    training: Sequence[Event] = ()
+    model.eval()
     try:
         with computing_in(model, dtype), warnings.catch_warnings(action="ignore", category=FutureWarning):
-            model.eval()
-            ids = torch.zeros(config.evaluation.batch, config.evaluation.context, dtype=torch.long, device="meta")
-            evaluation = trace_evaluation(model, lambda model: _negative_log_likelihood(model, ids))
-            if train:
-                model.train()
-                if config.engine.settings.activation_checkpointing:
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
-                ids = torch.zeros(micro_batch(config, world_size), config.data.seq_len, dtype=torch.long, device="meta")
-                training = trace_step(model, lambda model: config.objective.settings(model, ids))
+            yield
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"parent {config.parent.path}: {type(model).__name__} does not run on the meta device, so it cannot be planned ({reason})"
         ) from error
+
+
+def _traced(config: Config, planned: Planned, model: PreTrainedModel, world_size: int, *, train: bool) -> Planned:
+    """`planned` with its traces: the forward and backward of the config's objective, and that of an evaluation."""
+    training: Sequence[Event] = ()
+    with _tracing(config, model):
+        ids = torch.zeros(config.evaluation.batch, config.evaluation.context, dtype=torch.long, device="meta")
+        evaluation = trace_evaluation(model, lambda model: _negative_log_likelihood(model, ids))
+        if train:
+            model.train()
+            if config.engine.settings.activation_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            ids = torch.zeros(micro_batch(config, world_size), config.data.seq_len, dtype=torch.long, device="meta")
+            training = trace_step(model, lambda model: config.objective.settings(model, ids))
     return dataclasses.replace(planned, training=training, evaluation=evaluation)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import logging
 from transformers import AutoConfig, PreTrainedConfig
 
 from plrd_train.config import Parent
@@ -29,6 +30,7 @@ def parent_config(parent: Parent) -> PreTrainedConfig:
 
 def _fetched(path: str, revision: str) -> Path:
     """The folder of the config.json of a hub id."""
+    logging.set_verbosity_error()  # else a line for each of its attempts
     try:
         return Path(hf_hub_download(path, "config.json", revision=revision)).parent
     except HFValidationError:

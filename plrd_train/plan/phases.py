@@ -3,17 +3,14 @@
 import importlib
 import importlib.util
 import itertools
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from plrd_train.config import Config
 from plrd_train.errors import UserError
-from plrd_train.lowrank.calibration import KINDS, WINDOW_BYTES
-from plrd_train.lowrank.distributed import changes, rounds
-from plrd_train.lowrank.ranks import SPECTRAL, Shape
+from plrd_train.lowrank.distributed import changes
+from plrd_train.plan.factoring import factoring, factors
 from plrd_train.plan.models import Planned, micro_batch, sequences
 from plrd_train.plan.replay import peak
 from plrd_train.plan.structure import Parts, add, total
@@ -46,23 +43,24 @@ def memory_of(name: str, settings: Any, world_size: int, device: str) -> Any:
     return importlib.import_module(path).Memory(settings, world_size, device)
 
 
-def phases(config: Config, models: Sequence[Planned], world_size: int, device: str) -> Iterator[Phase]:
-    """Each phase of the run over `models`, the parent first, in order; `device` is "cpu" or "cuda"."""
+def phases(config: Config, models: Sequence[Planned], world_size: int, device: str, published: int) -> Iterator[Phase]:
+    """Each phase of the run over `models`, the parent first, in order. `device` is "cpu" or "cuda"; `published` the bytes of a member's parameter."""
     memory = memory_of(config.engine.name, config.engine.settings, world_size, device)
     parent = models[0]
     if parent.training:
         yield from _training(config, memory, parent, world_size)
-    yield _evaluation(config, memory, parent, trained=bool(parent.training))
+    yield _evaluation(config, memory, parent, published, trained=bool(parent.training))
     for before, model in itertools.pairwise(models):
-        trained = before is not parent
-        on_device, on_host, factors = _factorization(config, memory, before, model, world_size)
-        resident = memory.resident(before.structure, optimizer=trained)
-        yield Phase(model.name, "factor", "", add(resident, on_device), add(memory.host(before.structure), on_host))
-        yield Phase(model.name, "rebuild", "", *memory.rebuilt(before.structure, model.structure, factors, optimizer=trained))
-        yield _evaluation(config, memory, model, trained=False)
+        old, trained = before.structure, before is not parent
+        resident, host = memory.resident(old, optimizer=trained), memory.host(old)
+        for name, when, on_device, on_host in factoring(config, memory, old, model.shapes, model.ranks, model.text, world_size):
+            yield Phase(model.name, name, when, add(resident, on_device), add(host, on_host))
+        made = factors(memory, model.shapes, changes(model.shapes, model.ranks))
+        yield Phase(model.name, "rebuild", "", *memory.rebuilt(old, model.structure, made, optimizer=trained))
+        yield _evaluation(config, memory, model, published, trained=False)
         yield from _training(config, memory, model, world_size)
-        yield _evaluation(config, memory, model, trained=True)
-        yield _publication(config, memory, model)
+        yield _evaluation(config, memory, model, published, trained=True)
+        yield _publication(config, memory, model, published, device)
 
 
 def _training(config: Config, memory: Any, model: Planned, world_size: int) -> Iterator[Phase]:
@@ -81,22 +79,23 @@ def _training(config: Config, memory: Any, model: Planned, world_size: int) -> I
     yield Phase(model.name, "update", "in the optimizer", add(resident, memory.update(structure)), host)
 
 
-def _evaluation(config: Config, memory: Any, model: Planned, *, trained: bool) -> Phase:
+def _evaluation(config: Config, memory: Any, model: Planned, published: int, *, trained: bool) -> Phase:
     parts, when = peak(model.evaluation, memory.holder(model.structure, model.evaluation))
     copy = 4 * _kept(memory, model)
-    host = {"snapshot": copy}  # of the exact values, while they are rounded
+    host = {"snapshot": copy if published < 4 else 0.0}  # of the exact values, while they are rounded
     if trained:  # and what the end of the stage saves: the trunk, and the member where that is another
         saved = 2 if config.recover.branch else 1
-        host = {"snapshot": copy * (1 + saved), "checkpoint": FILE_COPIES * saved * copy}
-    resident = memory.resident(model.structure, optimizer=trained)
-    return Phase(model.name, "evaluate", when, add(resident, parts), add(memory.host(model.structure), host))
+        host = add(host, {"snapshot": saved * copy, "checkpoint": FILE_COPIES * saved * copy})
+    return Phase(
+        model.name, "evaluate", when, add(memory.resident(model.structure, optimizer=trained), parts), add(memory.host(model.structure), host)
+    )
 
 
-def _publication(config: Config, memory: Any, model: Planned) -> Phase:
-    """Each parameter is put together on the first rank: as received, and whole."""
+def _publication(config: Config, memory: Any, model: Planned, published: int, device: str) -> Phase:
+    """Each parameter is put together on the first rank, as received and whole, and then goes to the host, into the file that is being made."""
     structure = model.structure
     largest = 4 * max(parameter.numel for parameter in structure.parameters)
-    member = min(PUBLISHED_SHARD, 4 * structure.numel) + 2 * largest
+    member = min(PUBLISHED_SHARD, published * structure.numel) + (largest if device == "cuda" else 0)
     host = {"snapshot": 4 * _kept(memory, model) * (2 if config.recover.branch else 1), "member": member}
     resident = memory.resident(structure, optimizer=True)
     return Phase(model.name, "publish", "", add(resident, {"gathered": 2 * largest}), add(memory.host(structure), host))
@@ -105,41 +104,6 @@ def _publication(config: Config, memory: Any, model: Planned) -> Phase:
 def _kept(memory: Any, model: Planned) -> int:
     """Elements of the first rank's shards."""
     return sum(memory.shard(parameter.shape) for parameter in model.structure.parameters)
-
-
-def _factorization(config: Config, memory: Any, before: Planned, model: Planned, world_size: int) -> tuple[Parts, Parts, float]:
-    """(device, host, bytes of the new factors' shards) of factoring, on the first rank, which has the costliest weight of each round.
-
-    It holds that weight, what the method takes to decompose it, the weight of the next round, which is received meanwhile and then put together, and
-    the shards of the factors that are done; of calibration, the statistics of a window of Linears. Where the ranks depend on the spectra, all that is
-    decomposed waits on the host. A method that factors in order holds a whole block and its part of the text as hidden states, before and after it.
-    """
-    method, shapes, ranks = config.factorizer.settings, model.shapes, changes(model.shapes, model.ranks)
-    statistics = [4 * math.prod(KINDS[method.statistics].size(shapes[name])) for name in ranks] if method.statistics else [0]
-    dealt = list(rounds(shapes, ranks, world_size))
-    own = [shapes[names[0]] for names in dealt]
-    weights = [4 * shape.params(shape.rank) for shape in own]
-    done = highest = 0.0
-    for names, shape, weight, following in zip(dealt, own, weights, [*weights[1:], 0], strict=True):
-        highest = max(highest, done + weight + max(weight, method.peak_bytes(shape) + following))
-        for name in names:
-            done += 4 * sum(memory.shard(factor) for factor in _factors(shapes[name], ranks[name]))
-    if method.sequential:
-        in_blocks = Counter[str]()
-        for parameter in before.structure.parameters:
-            in_blocks[parameter.block] += 4 * parameter.numel if parameter.block else 0
-        states = 4 * min(shape.in_features for shape in own) * method.calibration_tokens / world_size
-        highest = done + max(in_blocks.values()) + 2 * states + max(statistics) + max(map(method.peak_bytes, own))
-    else:
-        highest += min(WINDOW_BYTES, sum(statistics))
-    waiting = 0.0
-    if config.ranks.name in SPECTRAL:
-        waiting = sum(weights) + sum(4 * min(shape.out_features, shape.in_features, shape.rank or math.inf) ** 2 for shape in own)
-    return {"factorization": max(highest, done)}, {"factorization": waiting}, done
-
-
-def _factors(shape: Shape, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (shape.out_features, rank), (rank, shape.in_features)
 
 
 def device_bytes(phase: Phase, device: str) -> float:

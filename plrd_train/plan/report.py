@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from plrd_train.config import Config
 from plrd_train.plan import cost
 from plrd_train.plan.cost import GB, Checkpoints, Machine
-from plrd_train.plan.models import Planned, planned
+from plrd_train.plan.models import Planned, planned, traced_as
 from plrd_train.plan.phases import Phase, as_parts, device_bytes, host_bytes, phases
 from plrd_train.plan.structure import add, total
 
@@ -28,11 +28,16 @@ class Plan:
     checkpoints: Checkpoints
 
     @classmethod
-    def of(cls, config: Config, parent: PreTrainedConfig, machine: Machine) -> "Plan":
-        """Raises UserError where the config cannot be run with this parent on this machine."""
-        models = list(planned(config, parent, machine.world_size))
-        every = list(phases(config, models, machine.world_size, machine.kind))
-        return cls(config, parent, machine, models, every, cost.checkpoints(config, parent, models, machine, _dtype(parent).itemsize))
+    def of(cls, config: Config, parent: PreTrainedConfig, machine: Machine, models: Sequence[Planned] | None = None) -> "Plan":
+        """`models` are those of a plan that traces them alike. Raises UserError where the config cannot be run with this parent on this machine."""
+        models, published = models or list(planned(config, parent, machine.world_size)), _dtype(parent).itemsize
+        every = list(phases(config, models, machine.world_size, machine.kind, published))
+        return cls(config, parent, machine, models, every, cost.checkpoints(config, parent, models, machine, published))
+
+    def changed(self, config: Config, machine: Machine) -> "Plan":
+        """The plan of the same members with another `config`, or on another `machine`."""
+        alike = traced_as(config, machine.world_size) == traced_as(self.config, self.machine.world_size)
+        return Plan.of(config, self.parent, machine, self.models if alike else None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,62 +147,41 @@ def amount(size: float) -> str:
 
 
 def why(plan: Plan) -> str:
-    """One sentence: what takes the most memory, and what is left or lacks."""
+    """Whether it fits, and in a sentence what takes the most memory."""
     peak, machine = plan.peak, plan.machine
     held = peak.device if machine.kind == "cuda" else add(peak.device, peak.host)
     parts = ", ".join(f"{amount(size)} {name}" for name, size in sorted(held.items(), key=lambda item: -item[1]) if size >= total(held) / 1000)
     shards = machine.world_size // getattr(plan.config.engine.settings, "replicas", 1)
     share = f"1/{shards}" if shards > 1 else "all"
-    where = f"{peak.stage}, {peak.name}{f' ({peak.when})' if peak.when else ''}"
+    where = f"{peak.stage}, {peak.name}{f', {peak.when}' if peak.when else ''}"
     said = f"the most is in {where}: {amount(total(held))} of tensors on a rank, which has {share} of the parameters: {parts}"
     if machine.kind == "cuda":
-        said += f"; {amount(plan.needed)} with the allocator and the context"
+        said += f"; the allocator and the context take {amount(plan.needed - total(held))} more"
     if machine.memory is None:
         return said
-    left = machine.memory - plan.needed
-    if left >= 0:
-        return f"it fits: {said}, of {amount(machine.memory)}, so {amount(left)} are left"
-    return f"it does not fit: {said}, of {amount(machine.memory)}, so {amount(-left)} lack{_mend(plan)}"
-
-
-def _mend(plan: Plan) -> str:
-    """What would help most against the largest part."""
-    parts, settings = plan.peak.device, plan.config.engine.settings
-    largest = max(parts, key=lambda name: parts[name])
-    if largest == "activations":
-        if not settings.activation_checkpointing:
-            return "; try engine.activation_checkpointing=true"
-        return "; try a smaller recover.micro_batch" if plan.config.recover.micro_batch > 1 else "; try a smaller data.seq_len"
-    if largest == "factorization":
-        return "; one weight is whole on a rank, so more ranks do not help: leave the largest Linears out (linears.exclude)"
-    if getattr(settings, "replicas", 1) > 1:
-        return "; try fewer engine.replicas"
-    if getattr(settings, "offload_optimizer", "cpu") == "none":
-        return "; try more ranks, or engine.offload_optimizer=cpu"
-    return "; try more ranks, or engine=zero3 engine.offload_optimizer=cpu"
+    room = machine.memory - plan.needed
+    taken = f"{amount(plan.needed)} are needed on a device of {amount(machine.memory)}"
+    fits, lacks = f"it fits: {taken}, and {amount(room)} are left", f"it does not fit: {taken}, and {amount(-room)} lack"
+    return f"{fits if room >= 0 else lacks}; {said}"
 
 
 def assumptions(plan: Plan) -> dict[str, str]:
     """What the figures rest on that nothing here has measured, each with its value."""
-    machine = plan.machine
-    said = {"a GB": "1e9 bytes"}
+    machine, config = plan.machine, plan.config
+    said = {}
     if machine.peak is not None:
-        said["speed"] = f"{machine.mfu:.0%} of {machine.peak / 1e12:.0f} TFLOP/s (dense bf16 peak of one {machine.device}) in training and evaluation"
-        said["hours"] = "of training and evaluation; factoring, loading, checkpoints and recomputed activations are not in them"
+        peak = f"{machine.peak / 1e12:.0f} TFLOP/s, the dense bf16 peak of one {machine.device}"
+        said["hours"] = f"{machine.mfu:.0%} of {peak}, in training and evaluation; without factoring, loading, and saving at the end"
     if machine.kind == "cuda":
-        said["overhead on a device"] = (
-            f"{cost.FRAGMENTATION:.0%} of the tensors for the caching allocator, and {cost.CONTEXT / GB:.0f} GB for CUDA and NCCL"
-        )
-    said["attention"] = "a fused kernel, without a matrix of the size of the square of the sequence"
-    said["disk"] = f"{machine.disk / GB:g} GB/s for all ranks together, writing or reading; a checkpoint is written, and read once for its checksums"
-    steps = f"{cost.STEPS_TO_STOP} steps, " if machine.peak is not None else "a step or two, whose time is not known here, "
-    said["stop"] = (
-        f"{steps}the checkpoint that is being written, one more, and {cost.STOP_MARGIN_S:.0f} s; "
-        "in training, where a stop saves the stage that is under way"
-    )
-    if plan.config.ranks.name != "uniform":
-        said["ranks"] = f"uniform; ranks={plan.config.ranks.name} shares out about the same sum once the weights are known"
-    if getattr(plan.config.engine.settings, "compile", False):
+        said["device"] = f"{cost.FRAGMENTATION:.0%} of the tensors for PyTorch's allocator, {cost.CONTEXT / GB:.0f} GB for CUDA and NCCL"
+    if config.parent.attention != "eager":
+        said["attention"] = "a fused kernel, which keeps nothing of the size of the square of the sequence"
+    said["disk"] = f"{machine.disk / GB:g} GB/s for all ranks together; a checkpoint is written, and read once for its checksums"
+    steps = f"{cost.STEPS_TO_STOP} steps" if machine.peak is not None else "without the steps, whose time is not known here"
+    said["stop"] = f"{steps}, the checkpoint that is being written, one more, and {cost.STOP_MARGIN_S:.0f} s, in training; factoring has to end first"
+    if config.ranks.name != "uniform":
+        said["ranks"] = f"uniform; ranks={config.ranks.name} shares out about the same sum once the weights are known"
+    if getattr(config.engine.settings, "compile", False):
         said["compile"] = "activations without it, which are no fewer"
     return said
 

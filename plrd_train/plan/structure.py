@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -18,7 +19,7 @@ class Parameter:
     module: str
     block: str
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 

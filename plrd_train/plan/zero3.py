@@ -10,7 +10,6 @@ from their forward to their backward; but where an evaluation came before, DeepS
 again (it never clears that cache). A stage is evaluated before it is trained, unless it is resumed in its middle: only then they stay.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from plrd_train.engine.zero3 import Options
@@ -147,14 +146,16 @@ class Holder:
         return chosen
 
     def _release(self, parameters: Sequence[Parameter]) -> None:
-        kept, distance = Counter[str](), 0
+        if not parameters:
+            return
+        kept, distance = set[str](), 0
         ends = len(self._order) if self._resumed or self._step > self._forwards else self._forwards
         for module in self._order[self._step : ends]:
             if distance >= REUSE_DISTANCE:
                 break
             kept.update(parameter.name for parameter in module)
             distance += sum(parameter.numel for parameter in module)
-        self._whole.difference_update(parameter.name for parameter in parameters if not kept[parameter.name])
+        self._whole.difference_update(parameter.name for parameter in parameters if parameter.name not in kept)
 
     def _accumulate(self, parameter: Parameter) -> Iterator[Parts]:
         size = self._memory.options.reduce_bucket_size

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class KeptFactors:
-    """The protocol `plrd_train.lowrank.distributed.Kept` over a folder that all ranks see, one safetensors file a Linear, made visible when it is
+    """The protocol `plrd_train.lowrank.owned.Kept` over a folder that all ranks see, one safetensors file a Linear, made visible when it is
     whole. What is read lies on `device`."""
 
     def __init__(self, folder: Path, device: torch.device):

@@ -23,13 +23,13 @@ def calibration(run_dir):
     return [event["calibration/tokens"] for event in events if event["kind"] == "calibration"]
 
 
-@pytest.mark.parametrize("method", ["asvd", "fisher", "rom", "whitened"])
+@pytest.mark.parametrize("method", ["asvd", "fisher", "refined", "rom", "whitened"])
 def test_a_family_by_each_method(command, tmp_path, method):
     found = family(command, tmp_path / "two", 2, method)
     assert [entry["name"] for entry in found] == ["1.25x", "1.6x"]
     assert calibration(tmp_path / "two") == [688, 688]  # whole sequences of 16 tokens, in each stage
     assert [entry["tokens_total"] for entry in found] == [512, 1024]  # apart from those that are trained on
-    if method in ("rom", "whitened"):  # one of each way to factor
+    if method in ("refined", "rom", "whitened"):  # one of each way to factor
         alone = family(command, tmp_path / "one", 1, method, *ZERO3)
         for entry, other in zip(found, alone, strict=True):
             assert entry["eval"]["ppl"] == pytest.approx(other["eval"]["ppl"], rel=2e-3)
@@ -46,6 +46,19 @@ def test_a_run_that_was_killed_while_it_factored_goes_on_with_what_it_had_kept(c
     found = family(command, tmp_path / "killed", 2, "whitened", f"ranks={ranks}", "stages.ratios=[1.6]")
     assert [{**entry, "seconds": None} for entry in found] == [{**entry, "seconds": None} for entry in undisturbed]
     assert not (tmp_path / "killed" / "factors").exists()
+
+
+@pytest.mark.parametrize(("method", "ranks"), [("refined", "energy"), ("rom", "sensitivity"), ("svd", "sensitivity")])
+def test_ranks_by_spectra_serve_every_method(command, tmp_path, method, ranks):
+    texts = {"factorizer.calibration_tokens": 700} if method != "svd" else {}
+    texts |= {"ranks.tokens": 500} if ranks == "sensitivity" else {}
+    arguments = command(tmp_path / "run", f"factorizer={method}", f"ranks={ranks}", "stages.tokens=512", "evaluation.tokens=500")
+    ended = run_job(2, [*arguments, *(f"{key}={tokens}" for key, tokens in texts.items())])
+    assert (ended.status, ended.err) == (0, "")
+    for entry in json.loads((tmp_path / "run" / "family.json").read_text())["members"]:
+        assert entry["ratio_requested"] <= entry["ratio"] < 1.03 * entry["ratio_requested"]
+        assert len(entry["ranks"]) < 14 or len(set(entry["ranks"].values())) > 2  # uniform: all of them, and one rank for each of two shapes
+    assert sorted(calibration(tmp_path / "run")) == sorted(2 * [tokens // 16 * 16 for tokens in texts.values()])  # each read once a stage
 
 
 def test_calibration_text_of_less_than_a_sequence_is_refused(command, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plrd_train.lowrank.ranks import OF_ERROR, OF_SIZE, Shape, energy, ratio_of, uniform
+from plrd_train.lowrank.ranks import OF_ERROR, OF_SIZE, Shape, energy, ratio_of, sensitivity, split, uniform
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(4096, 4096, 910), (1024, 4096, 364), (14336, 4096, 1415), (4096, 14336, 1415)])
@@ -115,3 +115,46 @@ def test_energy_gives_more_to_what_decays_more_slowly_and_knows_the_cost_of_a_ra
 def test_energy_of_a_weight_of_zeros():
     shapes = {"zeros": Shape(20, 20), "other": Shape(20, 20)}
     assert energy(shapes, 3.0, 1, {"zeros": torch.zeros(20), "other": spectrum(shapes["other"], 1.0)})["zeros"] == 1
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.tuples(linears, st.floats(0, 12), st.floats(-0.1, 3)), min_size=1, max_size=8), st.floats(1.0, 12.0), st.sampled_from([1, 4]))
+def test_sensitivity_keeps_its_budget_and_the_ceilings(drawn, ratio, multiple):
+    shapes = {f"linear{i}": shape for i, (shape, *_) in enumerate(drawn)}
+    values = {f"linear{i}": spectrum(shape, decay) for i, (shape, decay, _) in enumerate(drawn)}
+    measured = {f"linear{i}": (max(len(values[f"linear{i}"]) // 3, 1), grown) for i, (*_, grown) in enumerate(drawn)}
+    ranks = sensitivity(shapes, ratio, multiple, values, measured)
+    least = 0
+    for name, shape in shapes.items():
+        now = shape.params(shape.rank)
+        least += min(shape.params(multiple), now) if len(values[name]) >= multiple else now
+        rank = ranks.get(name)
+        assert rank == shape.rank or (rank is not None and rank % multiple == 0 and shape.params(rank) < now)
+    spent = sum(shape.params(ranks.get(name)) for name, shape in shapes.items())
+    assert spent <= max(sum(shape.dense_params for shape in shapes.values()) / ratio, least) + 1e-6
+
+
+def test_sensitivity_is_the_split_of_the_losses_that_were_measured():
+    shapes = {f"linear{i}": Shape(48, 48) for i in range(4)}
+    values = {name: spectrum(shape, 2.0 + i) for i, (name, shape) in enumerate(shapes.items())}
+
+    def losing(name, rank, scale):
+        return scale * (values[name][rank:].norm() / values[name].norm()).item() ** OF_ERROR
+
+    scales = dict(zip(shapes, [1.0, 5.0, 0.3, 0.02], strict=True))
+    measured = {name: (7, losing(name, 7, scale)) for name, scale in scales.items()}
+    lost = {name: torch.tensor([losing(name, rank, scale) for rank in range(1, 49)], dtype=torch.float64) for name, scale in scales.items()}
+    for ratio in (1.3, 2.0, 4.0):
+        ranks = sensitivity(shapes, ratio, 1, values, measured)
+        assert ranks == split(shapes, ratio, 1, lost)
+        assert ranks["linear3"] < ranks.get("linear0", 24)
+
+
+def test_a_linear_that_the_loss_does_not_depend_on_gets_the_least_rank():
+    shapes = {"dead": Shape(48, 48), "live": Shape(48, 48), "live too": Shape(48, 48)}
+    values = {name: spectrum(shape, 2.0) for name, shape in shapes.items()}
+    measured = {"dead": (9, -1e-4), "live": (9, 0.5), "live too": (9, 0.5)}
+    for multiple in (1, 4):
+        assert sensitivity(shapes, 2.5, multiple, values, measured)["dead"] == multiple
+    ranks = sensitivity(shapes, 4.0, 1, values, measured | {"live": (9, 5.0)})
+    assert ranks["live too"] < ranks.get("live", 24)

@@ -5,15 +5,19 @@ factored. That is the pair whose outputs are nearest to the Linear's own, and is
 The two factors come out balanced, where the paper leaves V_r orthonormal.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from plrd_train.lowrank.distributed import Decomposed, Shards
 from plrd_train.lowrank.factorizers import Statistic
 from plrd_train.lowrank.metrics import whitened_peak_bytes, whitening
 from plrd_train.lowrank.ranks import Shape
+from plrd_train.lowrank.sequential import decompose_in_order
 from plrd_train.lowrank.spectral import Spectral, of_dense, of_product
+from plrd_train.lowrank.walk import Block
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Factorizer:
 
     def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
         return of_product(up, down, right=whitening(statistic))
+
+    def in_order(
+        self, engine: Shards, walk: Callable[[], Iterator[Block]], shapes: Mapping[str, Shape], ranks: Mapping[str, int]
+    ) -> Iterator[Decomposed]:
+        return decompose_in_order(engine, walk(), shapes, ranks, self)
 
     def peak_bytes(self, shape: Shape) -> int:
         return whitened_peak_bytes(shape)

@@ -1,0 +1,84 @@
+"""One Linear on the rank that owns it: decomposed at most once, cut at any rank, and not even that where what is asked for was kept."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from plrd_train.lowrank.factorizers import Factorizer, Statistic
+from plrd_train.lowrank.spectral import Factors, Spectral
+
+
+class Kept(Protocol):
+    """Where what is finished outlives a crash. No collectives; what one rank has put, another may get after a restart."""
+
+    def get(self, name: str, key: str) -> dict[str, Tensor] | None:
+        """What was put under that name, if it was put with that key."""
+        ...
+
+    def put(self, name: str, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep `tensors`, in place of what there is under that name. Raises OSError where that fails."""
+        ...
+
+
+class Weight:
+    """A Linear on its owner, decomposed when that is first needed: never, where all that is asked for was kept."""
+
+    def __init__(self, name: str, parts: list[Tensor], statistic: Statistic | None, factorizer: Factorizer, kept: Kept | None):
+        self._name, self._parts, self._statistic, self._factorizer, self._kept = name, parts, statistic, factorizer, kept
+        self._made: Spectral | None = None
+        self._key = _fingerprint(parts, statistic, factorizer) if kept is not None else ""
+
+    def values(self) -> Tensor:
+        """Its singular values in the metrics (`Spectral.values`)."""
+        return self._keep("values", lambda: {"values": self.decomposed().values})["values"]
+
+    def cut(self, rank: int, device: torch.device | None = None) -> Factors:
+        """Its factors at that rank, which are kept."""
+
+        def make() -> dict[str, Tensor]:
+            factors = self.decomposed(device).cut(rank)
+            errors = [factors.rel_error, torch.nan if factors.metric_error is None else factors.metric_error]
+            return {"up": factors.up, "down": factors.down, "errors": torch.tensor(errors, dtype=torch.float64)}
+
+        made = self._keep(f"rank-{rank}", make)
+        rel_error, metric_error = made["errors"].tolist()
+        return Factors(made["up"], made["down"], rel_error, None if metric_error != metric_error else metric_error)
+
+    def decomposed(self, device: torch.device | None = None) -> Spectral:
+        """On `device`; None: where it is."""
+        if self._made is None:
+            parts = self._parts if device is None else [part.to(device) for part in self._parts]
+            dense, statistic = len(parts) == 1, self._statistic
+            self._made = self._factorizer.dense(parts[0], statistic) if dense else self._factorizer.product(parts[0], parts[1], statistic)
+            self._parts, self._statistic = [], None
+        return self._made if device is None else self._made.to(device)
+
+    def rest(self) -> None:
+        """Move to host memory."""
+        host = torch.device("cpu")
+        if self._made is not None:
+            self._made = self._made.to(host)
+        self._parts = [part.to(host) for part in self._parts]
+
+    def _keep(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self._kept is None:
+            return make()
+        name = f"{self._name}.{what}"
+        made = self._kept.get(name, self._key)
+        if made is None:
+            made = make()
+            self._kept.put(name, self._key, made)
+        return made
+
+
+def _fingerprint(parts: Sequence[Tensor], statistic: Statistic | None, factorizer: Factorizer) -> str:
+    """What the factors follow from: the weight and the statistic by their row and column sums, and the method with its settings."""
+    digest = hashlib.sha256(f"{type(factorizer).__module__} {factorizer!r}".encode())
+    for tensor in (*parts, *(() if statistic is None else (statistic,))):
+        sums = (tensor.double(),) if tensor.ndim == 1 else (tensor.sum(dim, dtype=torch.float64) for dim in range(2))
+        for one in sums:
+            digest.update(one.cpu().numpy().tobytes())
+    return digest.hexdigest()

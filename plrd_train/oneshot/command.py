@@ -1,0 +1,198 @@
+"""`plrd factor`: its options, and the family that it leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plrd_train.arguments import number
+from plrd_train.errors import UserError
+from plrd_train.family import Family
+from plrd_train.tracking import console
+
+if TYPE_CHECKING:
+    from plrd_train.config import Config
+    from plrd_train.data.corpus import Corpus
+    from plrd_train.hub.parents import Parent
+    from plrd_train.oneshot.factor import OneShot, Ranks, Text
+
+# Where the keys of the main job do not suit: LLM-ROM's sequences, as many of them at once as a CPU likes.
+_OWN = ("data.seq_len=128", "recover.micro_batch=8")
+# What there is to choose by KEY=VALUE: all else of the main job means nothing here.
+_KEYS = (
+    *("factorizer.", "ranks.", "linears.", "evaluation.", "recover.micro_batch", "seed"),
+    *(f"data.{key}" for key in ("seq_len", "streams", "append_eos", "skip_bad", "revision")),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parent", metavar="PARENT", help="a Hugging Face folder or hub id")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder of the family, as of a run")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="further keys of conf/, as factorizer.epochs=8 data.seq_len=2048")
+    parser.add_argument("--method", metavar="M", required=True, help="svd, rom, whitened, asvd, fisher or refined")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--ratio", metavar="R[,R2,…]", type=_ratios, help="parameters of the Linears, the parent's over a member's: a member each")
+    wanted.add_argument(
+        "--budget",
+        metavar="B",
+        type=number(above=0, most=1),
+        help="the share of all parameters to keep, by factoring the last blocks alone (LLM-ROM)",
+    )
+    parser.add_argument("--ranks", metavar="ALLOCATION", default="uniform", help="uniform, energy or sensitivity (default: %(default)s)")
+    parser.add_argument("--calibration", metavar="CORPUS", help="a folder, glob or hub id of text, for methods and ranks that look at some")
+    parser.add_argument("--data", metavar="CORPUS", help="measure held-out perplexity on this one")
+    parser.add_argument("--revision", metavar="R", help="of a PARENT on the hub (default: its main branch)")
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Make the members that `given` asks for, those that are not there yet. Raises UserError."""
+    from transformers.utils import logging
+
+    from plrd_train.data.corpus import resolve_corpus
+    from plrd_train.hub.card import member_card
+    from plrd_train.hub.parents import open_parent
+    from plrd_train.oneshot.factor import OneShot
+    from plrd_train.tracking.report import write_report
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    config = _config(given)
+    held_out = resolve_corpus(given.data, "validation") if given.data else None
+    parent = open_parent(given.parent, given.revision or "main", given.trust_remote_code)
+    oneshot = OneShot(parent, config, _text(given, config, parent))
+    made_by = {"factorizer": {"name": config.factorizer.name, **vars(config.factorizer.settings)}, "allocation": config.ranks.name}
+    asked: dict[str, Ranks | float] = {f"{ratio:g}x": ratio for ratio in given.ratio or ()}
+    if given.budget is not None:
+        asked = {f"budget-{given.budget:g}": oneshot.of_budget(given.budget)}
+    family = _family(given, parent, asked, made_by)
+    if not family.parent:
+        family.parent = {"path": given.parent, "revision": parent.revision, "params": oneshot.params}
+        if held_out:
+            family.parent["eval"] = _perplexity(given, config, held_out, parent.folder, "the parent")
+        family.folder.mkdir(parents=True, exist_ok=True)
+        family.write()
+    start = time.perf_counter()
+    for writer, ranks in oneshot.write({family.member_folder(name): of for name, of in asked.items() if not family.has(name)}):
+        entry = _entry(writer.folder.name, oneshot, ranks, asked) | made_by | {"seconds": {"factor": time.perf_counter() - start}}
+        if held_out:
+            entry["eval"] = entry["eval_factored"] = _perplexity(given, config, held_out, str(writer.draft), entry["name"])
+        writer.publish(member_card(entry, family.parent, made_by))
+        family.members.append(entry)
+        family.write()
+        start = time.perf_counter()
+    write_report(family.folder)
+    if not given.json:
+        console.family_table(family.parent, family.members)
+    return {"parent": family.parent, "members": family.members}
+
+
+def _config(given: argparse.Namespace) -> Config:
+    from plrd_train.compose import compose
+    from plrd_train.config import from_mapping
+
+    for override in given.overrides:
+        if not override.lstrip("+~").startswith(_KEYS):
+            raise UserError(f"{override}: means nothing here; keys are {', '.join(_KEYS)}")
+    if given.budget is not None and given.ranks != "uniform":
+        raise UserError("--budget: LLM-ROM's ranks are uniform in the blocks that it factors; leave --ranks out, or give --ratio")
+    paths = {"parent.path": given.parent, "run_dir": given.out, **({"data.train": given.calibration} if given.calibration else {})}
+    quoted = [f"{key}='{_escaped(str(value))}'" for key, value in paths.items()]
+    (source,) = compose([f"factorizer={given.method}", f"ranks={given.ranks}", *quoted, *_OWN, *given.overrides])
+    config = from_mapping(source)
+    looks = f"--method {given.method}" if config.factorizer.settings.statistics else f"--ranks {given.ranks}" if config.ranks.tokens else None
+    if looks and not given.calibration:
+        raise UserError(f"--calibration: {looks} looks at text; give --calibration CORPUS")
+    return config
+
+
+def _text(given: argparse.Namespace, config: Config, parent: Parent) -> Text:
+    """text(tokens): that much of the calibration corpus, read once."""
+    from plrd_train.data.calibration import calibration_batches
+    from plrd_train.data.corpus import resolve_corpus
+    from plrd_train.hub.parents import load_tokenizer
+
+    data = config.data
+    corpus = resolve_corpus(given.calibration, "train", data.revision) if given.calibration else None
+    tokenizer = load_tokenizer(parent, given.trust_remote_code)
+
+    @cache
+    def text(tokens: int) -> Any:
+        assert corpus is not None
+        return calibration_batches(
+            corpus,
+            tokenizer,
+            tokens=tokens,
+            seq_len=data.seq_len,
+            streams=data.streams,
+            seed=config.seed,
+            append_eos=data.append_eos,
+            rank=0,
+            world_size=1,
+            batch=config.recover.micro_batch,
+            skip_bad=data.skip_bad,
+        )
+
+    return text
+
+
+def _family(given: argparse.Namespace, parent: Parent, asked: Mapping[str, Any], made_by: Mapping[str, Any]) -> Family:
+    """The family in OUT, to which the members that are `asked` for can be added. Raises UserError where it is another one."""
+    family = Family.read(given.out, must_exist=False)
+    if not family.parent:
+        if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
+            raise UserError(f"{given.out}: exists, and is no family; choose another OUT")
+        return family
+    if (given.out / "config.yaml").exists():
+        raise UserError(f"{given.out}: the folder of a run, which alone adds to it; choose another OUT")
+    if (family.parent["path"], family.parent.get("revision")) != (given.parent, parent.revision):
+        raise UserError(f"{given.out}: a family of {family.parent['path']}; choose another OUT for {given.parent}")
+    for member in family.members:
+        if member["name"] in asked and any(member.get(key) != value for key, value in made_by.items()):
+            raise UserError(f"{given.out}: has a member {member['name']} that was made otherwise; choose another OUT")
+    return family
+
+
+def _entry(name: str, oneshot: OneShot, ranks: Ranks, asked: Mapping[str, Ranks | float]) -> dict[str, Any]:
+    """A member's, with the keys of family.json."""
+    from plrd_train.lowrank.ranks import ratio_of
+
+    shapes, of = oneshot.shapes, asked[name]
+    ratio = ratio_of(shapes, ranks)
+    saved = sum(shapes[linear].params(shapes[linear].rank) - shapes[linear].params(rank) for linear, rank in ranks.items())
+    return {
+        "name": name,
+        "ratio_requested": of if isinstance(of, float) else ratio,
+        "ratio": ratio,
+        "params": oneshot.params - saved,
+        "linear_params": sum(shape.params(ranks.get(linear, shape.rank)) for linear, shape in shapes.items()),
+        "ranks": ranks,
+        **dict.fromkeys(("tokens_stage", "tokens_total", "tokens_lineage"), 0),
+        "path": f"members/{name}",
+        "made_from": "parent",
+        "engine": None,
+        "world_size": 1,
+    }
+
+
+def _perplexity(given: argparse.Namespace, config: Config, corpus: Corpus, folder: str, name: str) -> dict[str, Any]:
+    import torch
+
+    from plrd_train.evaluation.held_out import HeldOut
+    from plrd_train.evaluation.published import find_published, open_published
+
+    settings = config.evaluation
+    model = open_published(find_published(folder), torch.float32, trust_remote_code=given.trust_remote_code)
+    return HeldOut(corpus, settings.context, settings.tokens, settings.batch, config.data.skip_bad).measure(model, name).to_dict()
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    ratio = number(above=1)
+    return tuple(sorted({ratio(part) for part in text.split(",")}))
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("'", "\\'")

@@ -1,0 +1,130 @@
+"""What the passes over calibration text take from which a stage is factored, traced on the meta device (`plrd_train.plan.trace`)."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plrd_train.config import Config
+from plrd_train.lowrank.calibration import collect
+from plrd_train.lowrank.distributed import owners
+from plrd_train.lowrank.ranks import MEASURING, SPECTRAL, Shape
+from plrd_train.plan.structure import blocks
+from plrd_train.plan.trace import Event, computing_in, trace_evaluation
+
+
+@dataclass(frozen=True)
+class Window:
+    """A pass for the statistics of the Linears `names`: its events, the bytes of the `sums` that grow meanwhile, and of the statistics that each rank
+    `owns` afterwards. The windows of a model are all about alike: this is the first."""
+
+    names: tuple[str, ...]
+    events: Sequence[Event]
+    sums: int
+    owns: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Bytes of a walk through the blocks in float32 on one rank: the hidden `states` of its text, the activations of a block that `runs` on a batch,
+    and what a block `keeps` of a batch where it is to be differentiated."""
+
+    states: int
+    runs: int
+    keeps: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """The passes that factoring a model begins with: for statistics, for losses, and block by block. None: there is no such pass."""
+
+    window: Window | None = None
+    measuring: Sequence[Event] | None = None
+    walk: Walk | None = None
+
+
+def passes(config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape], todo: Collection[str], world_size: int) -> Text:
+    """Those before the Linears `todo` of `model` are factored, `shapes` being all that may be. `model` is in evaluation, and computes as in the
+    engine."""
+    method, spectral = config.factorizer.settings, config.ranks.name in SPECTRAL
+    if not todo:
+        return Text()
+    found = Text()
+    if method.statistics is not None and (spectral or not method.sequential):
+        found = dataclasses.replace(found, window=_window(config, model, shapes, shapes if spectral else todo, world_size))
+    if config.ranks.name in MEASURING:
+        batch = _batches(config, config.ranks.tokens, world_size)[0]
+        found = dataclasses.replace(found, measuring=trace_evaluation(model, lambda model: _loss(model, batch)))
+    if method.sequential:
+        with computing_in(model, torch.float32):
+            found = dataclasses.replace(found, walk=_walk(config, model, world_size))
+    return found
+
+
+def _window(config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape], names: Collection[str], world_size: int) -> Window:
+    method, first = config.factorizer.settings, list[Any]()
+    batch = _batches(config, method.calibration_tokens, world_size)[0]
+
+    def look(model: nn.Module) -> None:
+        first.append(next(collect(_OnMeta(model), method.statistics, shapes, names, [batch])))  # type: ignore[arg-type]  # nothing is gathered
+
+    events = trace_evaluation(model, look)
+    ((part, statistics),) = first
+    begin = max(i for i, event in enumerate(events) if (event.kind, event.name) == ("forward", ""))  # before it two tokens told the inputs apart
+    sums = _size(statistics, part)
+    passing = [dataclasses.replace(event, peak=max(event.peak - sums, 0), live=max(event.live - sums, 0)) for event in events[begin:]]
+    owner = owners(shapes, part, world_size)
+    return Window(tuple(part), passing, sums, [_size(statistics, [name for name in part if owner[name] == rank]) for rank in range(world_size)])
+
+
+def _walk(config: Config, model: PreTrainedModel, world_size: int) -> Walk:
+    batches, states = _batches(config, config.factorizer.settings.calibration_tokens, world_size), list[Tensor]()
+
+    def run(model: nn.Module) -> None:
+        states.append(model.base_model(input_ids=batches[0], use_cache=False).last_hidden_state)  # type: ignore[operator]
+
+    def run_and_keep(model: nn.Module) -> None:
+        with torch.enable_grad():
+            run(model)
+
+    runs, names = max(event.peak for event in trace_evaluation(model, run)), blocks(model)
+    ends = [event.live for event in trace_evaluation(model, run_and_keep) if event.kind == "forwarded" and event.name in names]
+    return Walk(states[0].nbytes * sum(map(len, batches)) // len(batches[0]), runs, ends[-1] // len(names))
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """As plrd_train.lowrank.sensitivity computes it."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def _batches(config: Config, tokens: int | None, world_size: int) -> Sequence[Tensor]:
+    """The first rank's part of `tokens` tokens of text."""
+    sequences = -(-((tokens or 0) // config.data.seq_len) // world_size)
+    return torch.zeros(sequences, config.data.seq_len, dtype=torch.long, device="meta").split(config.recover.micro_batch)
+
+
+def _size(statistics: Mapping[str, Tensor], names: Collection[str]) -> int:
+    """Linears that are given the same input share a statistic."""
+    return sum({id(statistics[name]): statistics[name].nbytes for name in names}.values())
+
+
+@dataclass(frozen=True)
+class _OnMeta:
+    """An engine of one rank, as far as `collect` needs one."""
+
+    model: nn.Module
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("meta")
+
+    def share(self, value: object) -> list:
+        return [value]

@@ -1,0 +1,133 @@
+"""Memory of factoring, the first step of a stage, on the rank that it takes most of."""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from plrd_train.config import Config
+from plrd_train.lowrank.calibration import KINDS
+from plrd_train.lowrank.distributed import changes, rounds
+from plrd_train.lowrank.ranks import SPECTRAL, Shape
+from plrd_train.plan.calibration import Text, Walk
+from plrd_train.plan.replay import peak
+from plrd_train.plan.structure import Parts, Structure, add
+
+Held = tuple[str, str, Parts, Parts]  # a phase, when, and what is held on the device and on the host
+
+
+def factoring(
+    config: Config, memory: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], text: Text, world_size: int
+) -> Iterator[Held]:
+    """What is held beside the model `before` while its Linears go from `shapes` to `ranks`, in the order of `plrd_train.compression.factor`."""
+    method, todo, spectral = config.factorizer.settings, changes(shapes, ranks), config.ranks.name in SPECTRAL
+    if not todo:
+        return
+    pair = max(_pair(shapes[name], rank) for name, rank in todo.items())
+    if spectral:
+        own = [[_decomposed(method, shape) for shape in owned] for owned in _owned(shapes, shapes, world_size)]
+        waiting = {"factorization": max(map(sum, own))}
+        yield from _parted(memory, method, before, shapes, shapes, {}, text, world_size, waiting)
+        if text.measuring:
+            parts, when = peak(text.measuring, memory.holder(before, text.measuring))
+            yield "measure", when, add(parts, {"factorization": pair}), waiting
+        if not method.sequential:
+            yield "cut", "", {"factorization": factors(memory, shapes, todo) + max(map(max, own)) + pair}, waiting
+    if text.walk:
+        refined = config.factorizer.name == "refined"
+        yield "factor", "", {"factorization": _in_order(memory, method, before, shapes, todo, text.walk, refined=refined)}, {}
+    elif not spectral:
+        yield from _parted(memory, method, before, shapes, todo, todo, text, world_size, {})
+
+
+def factors(memory: Any, shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> float:
+    """Bytes of the first rank's shards of the factors that have these ranks."""
+    pairs = ((shapes[name], rank) for name, rank in ranks.items())
+    return sum(4.0 * memory.shard(factor) for shape, rank in pairs for factor in ((shape.out_features, rank), (rank, shape.in_features)))
+
+
+def _parted(
+    memory: Any,
+    method: Any,
+    before: Structure,
+    shapes: Mapping[str, Shape],
+    names: Collection[str],
+    ranks: Mapping[str, int],
+    text: Text,
+    world_size: int,
+    waiting: Parts,
+) -> Iterator[Held]:
+    """The Linears `names` decomposed window by window, of which the last is the highest, and cut at `ranks`; on the host what is `waiting`."""
+    window = text.window
+    part = window.names if window else tuple(names)
+    done = factors(memory, shapes, ranks)
+    earlier = done - factors(memory, shapes, {name: ranks[name] for name in part if name in ranks})
+    if window:
+        parts, when = peak(window.events, memory.holder(before, window.events))
+        yield "calibrate", when, add(parts, {"factorization": earlier + window.sums}), waiting
+    highest = earlier + _in_rounds(memory, method, shapes, part, ranks, world_size, window.owns if window else [0] * world_size)
+    yield "factor", "", {"factorization": max(highest, done)}, waiting
+
+
+def _in_rounds(
+    memory: Any,
+    method: Any,
+    shapes: Mapping[str, Shape],
+    names: Collection[str],
+    ranks: Mapping[str, int],
+    world_size: int,
+    statistics: Sequence[float],
+) -> float:
+    """A rank holds the weight that it decomposes, what that takes, the next weight, which is received meanwhile and then put together, the factors
+    that are done, and its `statistics`. Of these a method counts the one that it works on."""
+    added = [factors(memory, shapes, {name: ranks[name] for name in part if name in ranks}) for part in rounds(shapes, names, world_size)]
+    highest = 0.0
+    for own, known in zip(_owned(shapes, names, world_size), statistics, strict=False):
+        for shape, following, done in zip(own, [*map(_weight, own[1:]), 0.0], accumulate(added, initial=0.0), strict=False):
+            working = method.peak_bytes(shape) - _statistic(method, shape) + following
+            highest = max(highest, known + done + _weight(shape) + max(_weight(shape), working))
+    return highest
+
+
+def _owned(shapes: Mapping[str, Shape], names: Collection[str], world_size: int) -> list[list[Shape]]:
+    """The Linears that each rank owns, round by round; of ranks that own one."""
+    dealt = list(rounds(shapes, names, world_size))
+    return [[shapes[part[owner]] for part in dealt if owner < len(part)] for owner in range(len(dealt[0]))]
+
+
+def _in_order(
+    memory: Any, method: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], walk: Walk, *, refined: bool
+) -> float:
+    """A rank holds a whole block, its text as hidden states, and what one Linear takes. First come the embeddings: as received, and whole.
+    `refined` holds the block as it was, too, and trains its factors."""
+    sizes = Counter[str]()
+    for parameter in before.parameters:
+        sizes[parameter.block] += 4 * parameter.numel
+    blocks = max(len(sizes) - 1, 1)
+    block, outside = max(size for name, size in sizes.items() if name), max(4 * p.numel for p in before.parameters if not p.block)
+    pairs = {name: _pair(shapes[name], rank) for name, rank in ranks.items()}
+    one = max(max(method.peak_bytes(shapes[name]), _statistic(method, shapes[name]) + walk.runs) for name in ranks) + max(pairs.values())
+    highest = max((2 if refined else 1) * (block + walk.states) + one, 2 * outside + walk.states)
+    if refined:
+        # A copy of the factors to go back to, their gradients and two moments; the states before and behind the block.
+        highest = max(highest, block + 5 * sum(pairs.values()) / blocks + 3 * walk.states + walk.keeps)
+    done = factors(memory, shapes, ranks)
+    return max(done * (1 - 1 / blocks) + highest, done)
+
+
+def _decomposed(method: Any, shape: Shape) -> float:
+    """A decomposed weight: itself, the metric, which is as large as the statistic, and the vectors."""
+    return _weight(shape) + _statistic(method, shape) + 4 * min(shape.out_features, shape.in_features, shape.rank or math.inf) ** 2
+
+
+def _weight(shape: Shape) -> float:
+    return 4.0 * shape.params(shape.rank)
+
+
+def _pair(shape: Shape, rank: int) -> float:
+    return 4.0 * shape.params(rank)
+
+
+def _statistic(method: Any, shape: Shape) -> float:
+    return 4.0 * math.prod(KINDS[method.statistics].size(shape)) if method.statistics else 0.0

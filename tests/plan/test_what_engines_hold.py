@@ -1,0 +1,53 @@
+"""What the plans of the engines say that is gathered, against the engines themselves."""
+
+import pytest
+import torch
+from engine.sharded import OPTIMIZER, logits, opened
+from processes import run_ranks
+
+from plrd_train.engine import options
+from plrd_train.hub.models import build_model
+from plrd_train.hub.parents import load_config, open_parent
+from plrd_train.plan.phases import memory_of
+from plrd_train.plan.structure import Structure
+from plrd_train.plan.trace import trace_step
+from plrd_train.recover.objectives.ce import Objective
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+def gathered_at_the_loss(world, folder, evaluated):
+    """The parameters that are whole or in flight on this rank when the loss is computed, once DeepSpeed knows the order of the modules."""
+    engine = opened(world, "zero3", folder)
+    if evaluated:
+        logits(engine, IDS)
+    engine.start(OPTIMIZER)
+    engine.model.train()
+    for _ in range(4):
+        loss = Objective()(engine.model, IDS)
+        whole = {name: p.ds_numel for name, p in engine.model.named_parameters() if p.ds_status.name != "NOT_AVAILABLE"}
+        engine.backward(loss)
+    return whole
+
+
+@pytest.mark.parametrize("evaluated", [True, False], ids=["evaluated", "resumed"])
+def test_what_zero3_keeps_whole_until_the_backward(save_parent, evaluated):
+    folder, _ = save_parent("llama_tied_scaled_rope")
+    found = run_ranks(2, gathered_at_the_loss, folder, evaluated)
+    with torch.device("meta"):
+        model = build_model(load_config(open_parent(str(folder)))).train()
+    structure = Structure.of(model)
+    events = trace_step(model, lambda model: Objective()(model, IDS.to("meta")))
+    memory = memory_of("zero3", settings(), 2, "cuda")
+    holder = memory.holder(structure, events, resumed=not evaluated)
+    for event in events:
+        list(holder.on(event))
+        if (event.kind, event.name) == ("forwarded", ""):
+            break
+    assert [holder.held()["gathered"] / memory.width] * 2 == [sum(whole.values()) for whole in found]
+
+
+def settings():
+    from engine.sharded import SETTINGS
+
+    return options("zero3")(**SETTINGS["zero3"])
