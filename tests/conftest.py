@@ -89,11 +89,16 @@ def command(tiny: Path) -> Callable[..., list[str]]:
     return arguments
 
 
-@pytest.fixture
-def plrd(monkeypatch, capfd):
-    """plrd(*arguments) -> (exit status, standard output, standard error)."""
-    monkeypatch.setattr(console, "_main", True)  # put back afterwards, for other tests
+@pytest.fixture(autouse=True)
+def _console(monkeypatch):
+    """What a command says of the console is not meant for the tests after it."""
+    monkeypatch.setattr(console, "_main", True)
     monkeypatch.setattr(console, "_to_stderr", False)
+
+
+@pytest.fixture
+def plrd(capfd):
+    """plrd(*arguments) -> (exit status, standard output, standard error)."""
 
     def call(*arguments) -> tuple[int, str, str]:
         capfd.readouterr()

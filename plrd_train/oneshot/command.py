@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parent", metavar="PARENT", help="a Hugging Face folder or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder of the family, as of a run")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="further keys of conf/, as factorizer.epochs=8 data.seq_len=2048")
-    parser.add_argument("--method", metavar="M", required=True, help="svd, rom, whitened, asvd, fisher or refined")
+    parser.add_argument("--method", metavar="M", required=True, help="as factorizer= of the main job: svd, whitened, rom, refined, …")
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--ratio", metavar="R[,R2,…]", type=_ratios, help="parameters of the Linears, the parent's over a member's: a member each")
     wanted.add_argument(

@@ -6,6 +6,7 @@ import pytest
 from faults import kill_before
 from processes import run_job
 
+SLOW = pytest.mark.slow
 ZERO3 = ("engine=zero3", "engine.dtype=fp32", "engine.activation_checkpointing=false")
 
 
@@ -36,7 +37,7 @@ def test_a_family_by_each_method(command, tmp_path, method):
         assert found[0]["eval_factored"]["ppl"] == pytest.approx(alone[0]["eval_factored"]["ppl"], rel=1e-4)  # before any training
 
 
-@pytest.mark.parametrize("ranks", ["uniform", "energy"])
+@pytest.mark.parametrize("ranks", ["energy", pytest.param("uniform", marks=SLOW)])
 def test_a_run_that_was_killed_while_it_factored_goes_on_with_what_it_had_kept(command, tmp_path, ranks):
     undisturbed = family(command, tmp_path / "undisturbed", 2, "whitened", f"ranks={ranks}", "stages.ratios=[1.6]")
     arguments = command(tmp_path / "killed", "factorizer=whitened", "factorizer.calibration_tokens=700", "stages.tokens=512", "evaluation.tokens=500")

@@ -9,6 +9,7 @@ from test_restart import SHORT, STEPS, records, same_members
 
 LOG, STEP, EVALUATE = "plrd_train.tracking.tracker:Tracker.log", "plrd_train.recover.loop:Trainer._step", "plrd_train.run:Run.evaluate"
 BRANCH = "recover.branch=0.67"  # four steps of the six
+BF16 = pytest.param("zero3", ["engine.dtype=bf16"], marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def steps_done(run_dir) -> int:
     return len((run_dir / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize(("engine", "overrides"), [("fsdp", []), ("fsdp", [BRANCH]), ("zero3", []), ("zero3", ["engine.dtype=bf16"])], ids=str)
+@pytest.mark.parametrize(("engine", "overrides"), [("fsdp", []), ("fsdp", [BRANCH]), ("zero3", []), BF16], ids=str)
 def test_by_the_file_in_run_dir(command, undisturbed, tmp_path, engine, overrides):
     run_dir, overrides = tmp_path / "run", [f"engine={engine}", *overrides]
     arguments = command(run_dir, SHORT, "engine.dtype=fp32", *overrides)
