@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -110,7 +111,7 @@ def _rank(rank: int, size: int, folder: Path, taken: dict) -> None:
     torch.set_num_threads(1)
     from plrd_train.engine.fsdp import Options, open_engine
     from plrd_train.hub.models import HubArchitecture
-    from plrd_train.hub.parents import load_config, open_parent
+    from plrd_train.hub.parents import Parent, load_config
     from plrd_train.hub.weights import WeightReader
     from plrd_train.lowrank.distributed import decompose
     from plrd_train.lowrank.factorizers.svd import Factorizer
@@ -119,7 +120,8 @@ def _rank(rank: int, size: int, folder: Path, taken: dict) -> None:
 
     world = World.open()
     engine = open_engine(Options(dtype="fp32", replicas=1, activation_checkpointing=False, compile=False), world)
-    parent = open_parent(str(folder))
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        parent = Parent(str(folder), None, str(folder), dict.fromkeys(weights.keys(), "model.safetensors"))  # it needs no tokenizer
     engine.load(HubArchitecture(load_config(parent)), WeightReader(parent))
     shapes = {name: Shape.of(linear) for name, linear in eligible_linears(engine.model)}
     ranks = uniform(shapes, RATIO)
