@@ -12,7 +12,6 @@ from torch import Tensor
 
 from plrd_train import resolved
 from plrd_train.config import from_mapping
-from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.embedded import write_corpus
@@ -44,7 +43,7 @@ from plrd_train.stopping import Stopped, StopRequest
 from plrd_train.tracking import console
 from plrd_train.tracking.report import write_report
 from plrd_train.tracking.tracker import open_tracker
-from plrd_train.training import open_loader, train
+from plrd_train.training import calibration_text, open_loader, train
 from plrd_train.world import SharedError, World
 
 
@@ -237,23 +236,9 @@ class Run:
         return self._texts[stage.index, tokens]
 
     def _read_text(self, stage: Stage, tokens: int) -> list[Tensor]:
-        config = self.config
-        batches = self.world.on_all(
-            lambda: calibration_batches(
-                self._train,
-                self.tokenizer,
-                tokens=tokens,
-                seq_len=config.data.seq_len,
-                streams=config.data.streams,
-                seed=config.seed,
-                append_eos=config.data.append_eos,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                batch=config.recover.micro_batch,
-                skip_bad=config.data.skip_bad,
-            )
-        )
-        read = sum(self.world.share(sum(batch.numel() for batch in batches)))
+        world = self.world
+        batches = world.on_all(lambda: calibration_text(self.config, self._train, self.tokenizer, tokens, world.rank, world.size))
+        read = sum(world.share(sum(batch.numel() for batch in batches)))
         self._tracker.log_event("calibration", {"stage/index": stage.index, "calibration/tokens": read})
         return batches
 

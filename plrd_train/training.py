@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from contextlib import closing
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from plrd_train.config import Config
+from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import Corpus
 from plrd_train.data.loader import Loader
 from plrd_train.engine import Engine
@@ -32,6 +34,24 @@ def open_loader(config: Config, world: World, corpus: Corpus, tokenizer: PreTrai
         append_eos=data.append_eos,
         rank=world.rank,
         world_size=world.size,
+        skip_bad=data.skip_bad,
+    )
+
+
+def calibration_text(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, tokens: int, rank: int, world_size: int) -> list[Tensor]:
+    """That much calibration text, this rank's share (`plrd_train.data.calibration`). Not a collective."""
+    data = config.data
+    return calibration_batches(
+        corpus,
+        tokenizer,
+        tokens=tokens,
+        seq_len=data.seq_len,
+        streams=data.streams,
+        seed=config.seed,
+        append_eos=data.append_eos,
+        rank=rank,
+        world_size=world_size,
+        batch=config.recover.micro_batch,
         skip_bad=data.skip_bad,
     )
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -103,23 +105,30 @@ def load_tokenizer(parent: Parent, trust_remote_code: bool = False) -> PreTraine
 
 def _download(path: str, revision: str, trust_remote_code: bool) -> tuple[Path, str]:
     """(snapshot folder, commit) of a hub id; the library's own cache and HF_TOKEN are used."""
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        raise UserError(f"parent {path}: no such folder, and not the form of a hub id (owner/name)") from None
     code = [TOKENIZER_CODE] if trust_remote_code else []
     patterns = ["config.json", "generation_config.json", *TOKENIZER_FILES, *code, "model*.safetensors", *_INDEX_FILES]
-    try:
+    with hub_errors(path, revision, "neither a folder nor a hub id that can be reached ({})"):
+        validate_repo_id(path)
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    return folder, folder.name
+
+
+@contextmanager
+def hub_errors(path: str, revision: str, unreachable: str) -> Iterator[None]:
+    """Inside, what the hub's client raises for the hub id `path` becomes a UserError; `unreachable`, with the reason in it, says what is neither a
+    wrong id nor a matter of access."""
+    try:
+        yield
+    except HFValidationError:
+        raise UserError(f"parent {path}: no such folder, and not the form of a hub id (owner/name)") from None
     except GatedRepoError:
         raise UserError(f"parent {path}: gated on the hub; accept its terms on its page there and set HF_TOKEN") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"parent {path}: no such folder, and no such model on the hub (for a private one set HF_TOKEN)") from None
     except RevisionNotFoundError:
         raise UserError(f"parent {path}: the hub has no revision {revision} of it (parent.revision)") from None
+    except (RepositoryNotFoundError, RemoteEntryNotFoundError):
+        raise UserError(f"parent {path}: no such folder, and no such model on the hub (for a private one set HF_TOKEN)") from None
     except Exception as error:  # connection, proxy, server and cache errors come from several libraries
-        raise UserError(f"parent {path}: neither a folder nor a hub id that can be reached ({_first_line(error)})") from error
-    return folder, folder.name
+        raise UserError(f"parent {path}: {unreachable.format(_first_line(error))}") from error
 
 
 def _weight_map(folder: Path, path: str) -> dict[str, str]:

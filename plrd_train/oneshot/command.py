@@ -111,30 +111,17 @@ def _config(given: argparse.Namespace) -> Config:
 
 def _text(given: argparse.Namespace, config: Config, parent: Parent) -> Text:
     """text(tokens): that much of the calibration corpus, read once."""
-    from plrd_train.data.calibration import calibration_batches
     from plrd_train.data.corpus import resolve_corpus
     from plrd_train.hub.parents import load_tokenizer
+    from plrd_train.training import calibration_text
 
-    data = config.data
-    corpus = resolve_corpus(given.calibration, "train", data.revision) if given.calibration else None
+    corpus = resolve_corpus(given.calibration, "train", config.data.revision) if given.calibration else None
     tokenizer = load_tokenizer(parent, given.trust_remote_code)
 
     @cache
     def text(tokens: int) -> Any:
         assert corpus is not None
-        return calibration_batches(
-            corpus,
-            tokenizer,
-            tokens=tokens,
-            seq_len=data.seq_len,
-            streams=data.streams,
-            seed=config.seed,
-            append_eos=data.append_eos,
-            rank=0,
-            world_size=1,
-            batch=config.recover.micro_batch,
-            skip_bad=data.skip_bad,
-        )
+        return calibration_text(config, corpus, tokenizer, tokens, rank=0, world_size=1)
 
     return text
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import logging
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -31,16 +30,5 @@ def parent_config(parent: Parent) -> PreTrainedConfig:
 def _fetched(path: str, revision: str) -> Path:
     """The folder of the config.json of a hub id."""
     logging.set_verbosity_error()  # else a line for each of its attempts
-    try:
+    with parents.hub_errors(path, revision, "its config.json cannot be reached ({}); give parent.path=FOLDER of a copy of that file"):
         return Path(hf_hub_download(path, "config.json", revision=revision)).parent
-    except HFValidationError:
-        raise UserError(f"parent {path}: no such folder, and not the form of a hub id (owner/name)") from None
-    except GatedRepoError:
-        raise UserError(f"parent {path}: gated on the hub; accept its terms on its page there and set HF_TOKEN") from None
-    except RevisionNotFoundError:
-        raise UserError(f"parent {path}: the hub has no revision {revision} of it (parent.revision)") from None
-    except (RepositoryNotFoundError, RemoteEntryNotFoundError):
-        raise UserError(f"parent {path}: no such folder, and no such model on the hub (for a private one set HF_TOKEN)") from None
-    except Exception as error:  # connection, proxy, server and cache errors come from several libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"parent {path}: its config.json cannot be reached ({reason}); give parent.path=FOLDER of a copy of that file") from error

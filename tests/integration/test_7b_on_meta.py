@@ -2,32 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from large_parents import LLAMA2_7B, MISTRAL_7B
 
 from plrd_train.compose import compose
 from plrd_train.config import from_mapping
 from plrd_train.hub.models import build_model
 from plrd_train.lowrank.ranks import ALLOCATIONS, Shape, ratio_of
 from plrd_train.lowrank.surgery import eligible_linears
-
-MISTRAL = MistralConfig(  # mistralai/Mistral-7B-v0.1
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=32000,
-    sliding_window=4096,
-    tie_word_embeddings=False,
-)
-LLAMA = LlamaConfig(  # meta-llama/Llama-2-7b-hf
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    vocab_size=32000,
-    tie_word_embeddings=False,
-)
 
 
 def on_meta(config, ranks=None):
@@ -38,8 +19,8 @@ def on_meta(config, ranks=None):
 @pytest.mark.parametrize(
     ("experiment", "config", "whole", "params", "kinds"),
     [
-        ("mistral_7b", MISTRAL, 7.24e9, 3.36e9, {"q": 910, "o": 910, "k": 364, "v": 364, "gate": 1415, "up": 1415, "down": 1415}),
-        ("llama2_7b", LLAMA, 6.74e9, 3.14e9, {"q": 910, "o": 910, "k": 910, "v": 910, "gate": 1326, "up": 1326, "down": 1326}),
+        ("mistral_7b", MISTRAL_7B, 7.24e9, 3.36e9, {"q": 910, "o": 910, "k": 364, "v": 364, "gate": 1415, "up": 1415, "down": 1415}),
+        ("llama2_7b", LLAMA2_7B, 6.74e9, 3.14e9, {"q": 910, "o": 910, "k": 910, "v": 910, "gate": 1326, "up": 1326, "down": 1326}),
     ],
     ids=["mistral_7b", "llama2_7b"],
 )

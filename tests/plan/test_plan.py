@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from huggingface_hub import constants
+from large_parents import LLAMA2_70B, MISTRAL_7B
 from tiny_parents import CONFIGS
-from transformers import LlamaConfig, MistralConfig
+from transformers import MistralConfig
 
 from plrd_train.cli import main
 from plrd_train.hub.models import build_model
@@ -16,30 +17,7 @@ from plrd_train.lowrank.metrics import whitened_peak_bytes
 from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.spectral import peak_bytes
 
-LARGE = {
-    "mistral": MistralConfig(  # mistralai/Mistral-7B-v0.1
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        sliding_window=4096,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    ),
-    "llama_70b": LlamaConfig(  # meta-llama/Llama-2-70b-hf
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-        dtype="float16",
-    ),
-    "tiny": CONFIGS["llama"],
-}
+LARGE = {"mistral": MISTRAL_7B, "llama_70b": LLAMA2_70B, "tiny": CONFIGS["llama"]}
 LARGE["four_blocks"] = MistralConfig(**{**LARGE["mistral"].to_dict(), "num_hidden_layers": 4, "layer_types": None})
 ONE_STAGE = "stages.ratios=[2.25]"
 
