@@ -28,12 +28,14 @@ NETWORK = "10.88.0"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _REAP = "while :; do sleep 3600 & wait $!; done"  # the first process of a namespace inherits its orphans
 
-# What is fast here, and otherwise as small as it gets. A job that is requeued waits until its old credential has expired.
+CREDENTIAL_S = 5  # a job that is requeued waits until its old credential has expired
+
+# What is fast here, and otherwise as small as it gets.
 CONFIG = """\
 ClusterName=lab
 SlurmctldHost={host}({network}.254)
 SlurmUser=root
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire={credential}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -111,7 +113,7 @@ class Cluster:
         (folder / "munge.key").chmod(0o600)
         lines = [f"NodeName={node} NodeAddr={address} CPUs=4 Gres=gpu:{gpus} State=UNKNOWN" for node, address in addresses.items()]
         host = socket.gethostname().partition(".")[0]
-        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, network=NETWORK, nodes="\n".join(lines)))
+        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, network=NETWORK, credential=CREDENTIAL_S, nodes="\n".join(lines)))
         devices = [folder / f"gpu{i}" for i in range(gpus)]
         for device in devices:  # slurmd looks for a device of each; these are /dev/null, and compute nothing
             os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
@@ -154,6 +156,22 @@ class Cluster:
         """Tell Slurm that the node is lost, as administrators do; else it waits for SlurmdTimeout, five minutes, before it ends the jobs there."""
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
 
+    def repair(self, node: str) -> None:
+        """Give a node that was written off its power again, but no job while anything of before its fall can reach that: an old credential, or
+        a message that slurmctld repeats each minute. The one that kills the lost step names it by a number that the requeued job's step has too.
+        """
+        self.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=lost")
+        self.boot(node)
+        time.sleep(CREDENTIAL_S + 1)
+        self._until(lambda: self._unsent() == 0, "the end of slurmctld's messages", seconds=150)
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+
+    def _unsent(self) -> int:
+        """The messages to nodes that slurmctld has not got rid of."""
+        said = re.search(r"Agent queue size: +(\d+)", self.run("sdiag"))
+        assert said
+        return int(said[1])
+
     def state(self, node: str) -> str:
         """The node's state, with a star where it does not respond."""
         return self.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T").strip()
@@ -183,10 +201,10 @@ class Cluster:
                 subprocess.Popen([*place.enter(), *command], env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             )
 
-    def _until(self, condition: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + 30
+    def _until(self, condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+        end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"{what} does not come up:\n{self.logs()}"
+            assert time.monotonic() < end, f"{what} keeps one waiting:\n{self.logs()}"
             time.sleep(0.1)
 
     def logs(self) -> str:

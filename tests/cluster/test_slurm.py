@@ -127,7 +127,7 @@ def test_a_job_that_loses_a_node_comes_back(slurm, undisturbed, command, tmp_pat
     until(slurm, job, run_dir, lambda known: known["Restarts"] == "1")
     assert "status 1, a node is lost" in (run_dir / "slurm" / job / "batch.log").read_text()
     slurm.write_off("node2")
-    slurm.boot("node2")
+    slurm.repair("node2")
     ended(slurm, job, run_dir)
     assert (members(run_dir), losses(run_dir)) == (members(undisturbed[0]), losses(undisturbed[0]))
 
