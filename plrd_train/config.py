@@ -118,7 +118,7 @@ class Ranks:
 @section
 class Recover:
     """One stage of fine-tuning. `branch` is the share of a stage's tokens in which a branch of the trunk is annealed to become the member;
-    at 0, trunk and member are one. `lr` null: 0.1 / hidden size."""
+    at 0, trunk and member are one. `lr` null: 0.1 / hidden size. `spike` and `patience` are those of `plrd_train.recover.guard`."""
 
     lr: Annotated[Rate, Field(gt=0.0)] | None
     schedule: Literal["constant", "linear", "cosine"]
@@ -129,6 +129,8 @@ class Recover:
     eps: Annotated[Rate, Field(gt=0.0)]
     weight_decay: Rate
     clip: Annotated[Rate, Field(gt=0.0)]
+    spike: Annotated[Rate, Field(gt=0.0)] | None
+    patience: Positive
     global_batch_tokens: Positive
     micro_batch: Positive  # sequences that one rank takes through the model at once
 

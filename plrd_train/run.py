@@ -33,6 +33,7 @@ from plrd_train.lowrank.sensitivity import measure
 from plrd_train.lowrank.surgery import eligible_linears
 from plrd_train.lowrank.walk import Block, gathered, walk
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
+from plrd_train.recover.guard import Guard
 from plrd_train.recover.kept import KeptFactors
 from plrd_train.recover.loop import Recovered, optimizer_of
 from plrd_train.recover.pauses import Pauses
@@ -247,10 +248,12 @@ class Run:
         starts too. Raises Stopped if that is asked for."""
         peak = peak_rate(self.config.recover, self._parent_config.get_text_config().hidden_size)
         trunk, self._branch_of = self._branch_of, None
+        guard = Guard(self.config.recover, console.say, under_way.judged)
         start = time.perf_counter() - under_way.seconds
 
         def progress_after(steps: int, in_branch: bool) -> Progress:
-            now = dataclasses.replace(under_way, steps=steps, seconds=time.perf_counter() - start, in_branch=in_branch)
+            judged = dataclasses.replace(guard.judged)
+            now = dataclasses.replace(under_way, steps=steps, seconds=time.perf_counter() - start, in_branch=in_branch, judged=judged)
             return dataclasses.replace(progress, counters=self.counters.now(), position=self.position(), under_way=now)
 
         recovered = train(
@@ -261,6 +264,7 @@ class Run:
             self.counters,
             self._tracker,
             Pauses(self.config.checkpoint, self._request, self.checkpoints, progress_after),
+            guard,
             title=f"stage {stage.index}: recover at {stage.ratio:g}x",
             tokens=stage.tokens,
             peak=peak,

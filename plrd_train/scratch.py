@@ -1,5 +1,6 @@
 """A parent trained from random weights, by the same loop as every stage: the paper's baseline, and the quickstart's parent."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -16,10 +17,12 @@ from plrd_train.hub.members import publish
 from plrd_train.hub.models import HubArchitecture, build_model, check_attention
 from plrd_train.hub.parents import Parent
 from plrd_train.recover.checkpoint import Checkpoints
+from plrd_train.recover.guard import Guard, Judged
 from plrd_train.recover.loop import optimizer_of
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.progress import Progress, UnderWay
 from plrd_train.stopping import StopRequest
+from plrd_train.tracking import console
 from plrd_train.tracking.tracker import open_tracker
 from plrd_train.training import open_loader, train
 from plrd_train.world import World
@@ -76,20 +79,23 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
     checkpoints = Checkpoints(home / "checkpoints", engine, config.checkpoint.keep)
     loader = world.on_all(lambda: open_loader(config, world, corpus, tokenizer))
     tracker = open_tracker(config, world, home, scratch.tokens)
-    trunk, progress = None, checkpoints.latest()
+    trunk, progress, judged = None, checkpoints.latest(), Judged()
     if progress is None:
         progress = Progress()
         engine.load(architecture, RandomWeights(model_config, config.seed))
     else:
         trunk = checkpoints.load_stage(progress, architecture, optimizer_of(config.recover))
-        assert progress.position is not None
+        assert progress.position is not None and progress.under_way is not None
+        judged = progress.under_way.judged
         loader.seek(progress.position)
     counters, done = progress.counters.now(), progress.counters.steps
     tracker.rewind(done)
+    guard = Guard(config.recover, console.say, judged)
 
     def progress_after(steps: int, in_branch: bool) -> Progress:
         position = merge_positions(world.share(loader.position()))
-        return Progress(counters=counters.now(), position=position, under_way=UnderWay(entry={}, ranks={}, steps=steps, in_branch=in_branch))
+        under_way = UnderWay(entry={}, ranks={}, steps=steps, in_branch=in_branch, judged=dataclasses.replace(guard.judged))
+        return Progress(counters=counters.now(), position=position, under_way=under_way)
 
     try:
         trained = train(
@@ -100,6 +106,7 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
             counters,
             tracker,
             Pauses(config.checkpoint, request, checkpoints, progress_after),
+            guard,
             title="train the parent",
             tokens=scratch.tokens,
             peak=scratch.lr,

@@ -13,6 +13,7 @@ from plrd_train.data.loader import Loader
 from plrd_train.engine import Engine
 from plrd_train.recover.checkpoint import Snapshot
 from plrd_train.recover.exchange import Exchange
+from plrd_train.recover.guard import Guard
 from plrd_train.recover.loop import Recovered, Trainer
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
@@ -64,6 +65,7 @@ def train(
     counters: Counters,
     tracker: Tracker,
     pauses: Pauses,
+    guard: Guard,
     *,
     title: str,
     tokens: int,
@@ -87,6 +89,6 @@ def train(
                 epoch = int(metrics["data/epoch"])
                 console.say(f"data.train holds fewer tokens than the budget: epoch {epoch + 1} of it begins, in another order")
 
-        trainer = Trainer(engine, loader, config.objective.settings, config.recover, seq_len, config.seed, perf, counters, exchange, on_step)
+        trainer = Trainer(engine, loader, config.objective.settings, config.recover, seq_len, config.seed, perf, counters, guard, exchange, on_step)
         bar.update(done * trainer.step_tokens)
         return trainer.recover(tokens, peak, pauses, done, trunk)

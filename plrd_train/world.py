@@ -106,6 +106,12 @@ class World:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' `tensor`, on its device, the same to the bit on every rank; nothing waits for it."""
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
     def close(self) -> None:
         """Leave in order, rank 0 last."""
         dist.destroy_process_group()

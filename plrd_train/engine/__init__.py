@@ -81,8 +81,12 @@ class Engine(Shards, Protocol):
         """Add the gradient of `loss`. What is trained on is the mean of the ranks' losses."""
         ...
 
-    def step(self, lr: float, clip: float) -> Tensor:
-        """Clip the gradients' global norm to `clip`, step at `lr`, and clear them. Returns the norm before clipping, a scalar on the device."""
+    def step(self, lr: float, clip: float, refuse: Tensor) -> Tensor:
+        """Clip the gradients' global norm to `clip`, step at `lr`, and clear them. Returns the norm before clipping, a scalar on the device.
+
+        Where `refuse`, a truth value on the device that all ranks have alike, is true, or the norm is not finite, the gradients are cleared and
+        neither the parameters nor the optimizer change.
+        """
         ...
 
     def params(self) -> int:

@@ -77,7 +77,7 @@ def make_states(optimizer: Any, inner: torch.optim.AdamW, steps: int, moments: t
         swapped = optimizer._swappable_optimizer_subgroup(i)  # on NVMe
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        inner.state[flat] = {"step": torch.tensor(float(steps)), **{moment: torch.zeros_like(flat) for moment in moments}}
+        inner.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **{moment: torch.zeros_like(flat) for moment in moments}}
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(i)
 

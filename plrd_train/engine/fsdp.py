@@ -170,11 +170,11 @@ class FSDP:
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps)
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         if moments is None:
             return
         for name, parameter in self._parameters():
-            state = self._optimizer.state[parameter] = {"step": torch.tensor(float(steps))}
+            state = self._optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=self.device)}
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(parameter)
                 cast(DTensor, state[moment]).to_local().copy_(moments[moment][name])
@@ -182,14 +182,17 @@ class FSDP:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, lr: float, clip: float) -> Tensor:
+    def step(self, lr: float, clip: float, refuse: Tensor) -> Tensor:
         assert self._optimizer is not None, "step() before start()"
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        # A fused optimizer leaves the step out on the device, as gradient scalers need it: nothing waits for the verdict here.
+        self._optimizer.found_inf = (refuse | ~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
 
     # The weights as they are
 

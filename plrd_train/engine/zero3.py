@@ -118,7 +118,7 @@ class Zero3:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         parameters = [parameter for _, parameter in self._parameters()]
         groups = [{"params": [p for p in parameters if len(p.ds_shape) > 1]}, {"params": [p for p in parameters if len(p.ds_shape) <= 1]}]
-        self._deepspeed, *_ = deepspeed.initialize(model=self.model, optimizer=torch.optim.AdamW(groups, lr=0.0), config=config)
+        self._deepspeed, *_ = deepspeed.initialize(model=self.model, optimizer=torch.optim.AdamW(groups, lr=0.0, fused=True), config=config)
         self._free = free = weakref.finalize(self, _deepspeed.end, self._deepspeed)  # another engine may follow this one in the same process
         free.atexit = False  # the process group has ended then
 
@@ -195,11 +195,12 @@ class Zero3:
         self._deepspeed._backward_prologue()
         self._deepspeed.backward(loss)
 
-    def step(self, lr: float, clip: float) -> Tensor:
+    def step(self, lr: float, clip: float, refuse: Tensor) -> Tensor:
         optimizer = self._deepspeed.optimizer
         optimizer.set_lr(lr)
         optimizer.clip_grad = clip
-        self._deepspeed.step()
+        self._deepspeed.basic_optimizer.found_inf = refuse.float()  # a fused optimizer leaves the step out by it
+        self._deepspeed.step()  # which leaves one whose norm is not finite out by itself
         return torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self.device)
 
     # The weights as they are

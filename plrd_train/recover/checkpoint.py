@@ -76,8 +76,10 @@ class Checkpoints:
         assert progress.under_way is not None
         self._engine.build(architecture)
         self._engine.restore(self._shards(progress, "model"))
-        self._engine.start(optimizer, progress.under_way.steps, {moment: self._shards(progress, moment) for moment in MOMENTS})
-        return self._shards(progress, "trunk") if progress.under_way.in_branch else None
+        under_way = progress.under_way
+        made = under_way.steps - under_way.judged.skipped
+        self._engine.start(optimizer, made, {moment: self._shards(progress, moment) for moment in MOMENTS})
+        return self._shards(progress, "trunk") if under_way.in_branch else None
 
     def _shards(self, progress: Progress, part: str) -> dict[str, Tensor]:
         """This rank's shards of a part of the checkpoint, in the structure of the model in the engine. A collective."""

@@ -13,6 +13,7 @@ from plrd_train.data.loader import Batch, Loader
 from plrd_train.engine import AdamW, Engine
 from plrd_train.recover.checkpoint import Snapshot
 from plrd_train.recover.exchange import Exchange
+from plrd_train.recover.guard import Guard
 from plrd_train.recover.objectives import Objective
 from plrd_train.recover.pauses import Pauses, Wish
 from plrd_train.recover.perf import Perf
@@ -46,6 +47,7 @@ class Trainer:
     seed: int
     perf: Perf
     counters: Counters
+    guard: Guard
     exchange: Exchange
     on_step: Callable[[dict[str, float]], None]
 
@@ -77,7 +79,7 @@ class Trainer:
             if step == trunk_steps:
                 trunk = self.engine.snapshot()
             lr = rate(step, trunk_steps, peak, settings) if step < trunk_steps else anneal(step - trunk_steps, branch_steps, last)
-            wish = self._step(lr, reports)
+            wish = self._step(step, lr, reports)
             if wish and step + 1 < steps:
                 reports.finish()
                 pauses.take(wish, step + 1, trunk)
@@ -89,8 +91,8 @@ class Trainer:
         self.engine.restore(trunk)
         return Recovered(member, trunk_steps * self.step_tokens, branch_steps * self.step_tokens)
 
-    def _step(self, lr: float, reports: "Reports") -> Wish:
-        """One optimizer step; returns what the ranks wished after the step before."""
+    def _step(self, step: int, lr: float, reports: "Reports") -> Wish:
+        """Step `step` of the stage; returns what the ranks wished after the one before."""
         engine = self.engine
         # Dropout, where a parent has any, is the same after a restart.
         torch.manual_seed(hash((self.seed, self.counters.steps, engine.rank)))
@@ -101,9 +103,16 @@ class Trainer:
         nll = torch.zeros((), device=engine.device)
         for micro in range(0, largest, self.settings.micro_batch):
             nll += self._micro_batch(batch.input_ids[micro : micro + self.settings.micro_batch])
-        norm = engine.step(lr, self.settings.clip)
+        # On the device, as all of the step: it waits for no loss and no verdict, which are read while the next one runs.
+        refuse = ~(engine.world.total(nll) / self.predicted_tokens <= self.guard.bound(step))  # NaN is refused, too
+        norm = engine.step(lr, self.settings.clip, refuse)
         self.counters.steps += 1
-        return reports.add(lr, nll, norm, batch)
+        return reports.add(step, lr, nll, norm, refuse | ~norm.isfinite(), batch)
+
+    @property
+    def predicted_tokens(self) -> int:
+        """Predicted tokens of one optimizer step, over all ranks."""
+        return self.sequences * (self.seq_len - 1)
 
     def _micro_batch(self, input_ids: Tensor) -> Tensor:
         """Forward and backward of this rank's `input_ids` (n, seq_len), n maybe 0; returns the summed loss."""
@@ -114,7 +123,7 @@ class Trainer:
             input_ids, weight = torch.zeros(1, self.seq_len, dtype=torch.long), 0.0
         nll = self.objective(engine.model, input_ids.to(engine.device)) * weight
         # An engine averages over its ranks; the loss is a token sum over the global token count.
-        engine.backward(nll * (engine.world_size / (self.sequences * (self.seq_len - 1))))
+        engine.backward(nll * (engine.world_size / self.predicted_tokens))
         return nll.detach()
 
 
@@ -123,25 +132,27 @@ class Reports:
 
     def __init__(self, trainer: Trainer, pauses: Pauses):
         self._trainer, self._pauses = trainer, pauses
-        self._pending: tuple[float, Tensor, Future] | None = None
+        self._pending: tuple[int, float, Tensor, Tensor, Future] | None = None
         self._since = time.perf_counter()
 
-    def add(self, lr: float, nll: Tensor, norm: Tensor, batch: Batch) -> Wish:
+    def add(self, step: int, lr: float, nll: Tensor, norm: Tensor, skipped: Tensor, batch: Batch) -> Wish:
         """Send this rank's part of the step that has just been made. Finishes the step before, and returns what the ranks wished after that."""
         wish, epoch, tokens = self._pauses.wish(self._trainer.step_tokens), self._trainer.loader.epoch, batch.domain_tokens
         # The loss is fetched from the device by the thread that sends it: the step loop does not wait for either.
         shared = self._trainer.exchange.share(lambda: (nll.item(), tokens, epoch, wish))
         agreed = self.finish()
-        self._pending = lr, norm, shared
+        self._pending = step, lr, norm, skipped, shared
         return agreed
 
     def finish(self) -> Wish:
         """Record the step that is pending, if there is one."""
         if self._pending is None:
             return Wish.NOTHING
-        (lr, norm, shared), self._pending = self._pending, None
+        (step, lr, norm, skipped, shared), self._pending = self._pending, None
         trainer, counters = self._trainer, self._trainer.counters
         parts = shared.result()
+        loss = sum(nll / trainer.predicted_tokens for nll, _, _, _ in parts)
+        counters.skipped += bool(skipped)
         counters.tokens_stage += trainer.step_tokens
         counters.tokens_total += trainer.step_tokens
         for _, domains, _, _ in parts:
@@ -151,9 +162,10 @@ class Reports:
         seconds, self._since = now - self._since, now
         trainer.on_step(
             {
-                "train/loss": sum(nll / (trainer.sequences * (trainer.seq_len - 1)) for nll, _, _, _ in parts),
+                "train/loss": loss,
                 "train/lr": lr,
                 "train/grad_norm": norm.item(),
+                "train/skipped": counters.skipped,
                 "tokens/stage": counters.tokens_stage,
                 "tokens/total": counters.tokens_total,
                 "data/epoch": max(epoch for _, _, epoch, _ in parts),
@@ -161,4 +173,5 @@ class Reports:
                 **{f"data/{domain}_tokens": tokens for domain, tokens in sorted(counters.domain_tokens.items())},
             }
         )
+        trainer.guard.add(step, loss, norm.item(), bool(skipped))
         return max(wish for _, _, _, wish in parts)

@@ -6,12 +6,16 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from plrd_train.recover.guard import Judged
+
 
 @dataclass
 class Counters:
-    """Counted over the whole run: optimizer steps, tokens trained on, and these by domain; and the tokens of the present stage."""
+    """Counted over the whole run: optimizer steps, those of them that were left out, tokens trained on, and these by domain; and the tokens of the
+    present stage."""
 
     steps: int = 0
+    skipped: int = 0
     tokens_total: int = 0
     tokens_stage: int = 0
     domain_tokens: dict[str, int] = field(default_factory=dict)
@@ -24,13 +28,14 @@ class Counters:
 @dataclass(frozen=True)
 class UnderWay:
     """The stage that trains: the family.json entry of its member so far, the ranks of its trunk, the steps done, the seconds that these took, and
-    whether they have reached the branch."""
+    whether they have reached the branch, and what the guard made of them."""
 
     entry: dict[str, Any]
     ranks: dict[str, int]
     steps: int = 0
     seconds: float = 0.0
     in_branch: bool = False
+    judged: Judged = field(default_factory=Judged)
 
 
 @dataclass(frozen=True)
@@ -55,5 +60,7 @@ class Progress:
     def from_json(cls, text: str) -> "Progress":
         """Raises ValueError, KeyError or TypeError where `text` is not what `to_json` makes."""
         source = json.loads(text)
-        under_way = UnderWay(**source["under_way"]) if source["under_way"] is not None else None
+        under_way = None
+        if source["under_way"] is not None:
+            under_way = UnderWay(**{**source["under_way"], "judged": Judged(**source["under_way"]["judged"])})
         return cls(**{**source, "counters": Counters(**source["counters"]), "under_way": under_way})

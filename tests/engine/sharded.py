@@ -98,7 +98,7 @@ def go_on(engine: Engine, batches: list[Tensor], micro: int = 1) -> list[float]:
         for own in batch[engine.rank :: engine.world_size].chunk(micro):
             nll = F.cross_entropy(engine.model(input_ids=own).logits[:, :-1].float().flatten(0, 1), own[:, 1:].flatten(), reduction="sum")
             engine.backward(nll * (engine.world_size / batch[:, 1:].numel()))
-        norms.append(engine.step(1e-2, 0.5).item())
+        norms.append(engine.step(1e-2, 0.5, torch.tensor(False)).item())
     return norms
 
 

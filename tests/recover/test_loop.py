@@ -17,6 +17,7 @@ from plrd_train.hub.models import HubArchitecture
 from plrd_train.hub.parents import load_config, open_parent
 from plrd_train.hub.weights import WeightReader
 from plrd_train.recover.exchange import Exchange
+from plrd_train.recover.guard import Guard, Judged
 from plrd_train.recover.loop import Trainer
 from plrd_train.recover.objectives.ce import Objective
 from plrd_train.recover.pauses import Pauses
@@ -38,6 +39,8 @@ def settings(sequences: int, **changed) -> Recover:
         "eps": 1e-8,
         "weight_decay": 0.1,
         "clip": 0.5,
+        "spike": None,
+        "patience": 3,
         "global_batch_tokens": sequences * SEQ_LEN,
         "micro_batch": 1,
     }
@@ -56,7 +59,7 @@ def trained(world, folder: Path, text: Path, streams: int, recover: Recover, bud
     rows: list[dict] = []
     reader = loader(folder, text, streams, world.rank, world.size)
     perf, exchange = Perf(1.0, None, engine.device), Exchange(world)
-    trainer = Trainer(engine, reader, Objective(), recover, SEQ_LEN, 0, perf, Counters(), exchange, rows.append)
+    trainer = Trainer(engine, reader, Objective(), recover, SEQ_LEN, 0, perf, Counters(), Guard(recover, print, Judged()), exchange, rows.append)
     never = Pauses(Checkpoint(tokens=None, minutes=None, keep=1), StopRequest(), None, None)
     recovered = trainer.recover(budget, recover.lr, never)
     exchange.close()
