@@ -92,6 +92,41 @@ def test_several_lost_ranks_are_named_in_one_line():
         assert line.startswith("error: ranks 1 (") and f"pid {job.pids[1]}), 3 (" in line and f"pid {job.pids[3]}) died" in line
 
 
+def hang(world, victim: int) -> None:
+    """This rank does not come to the collective that the others wait in; all of them go on beating."""
+    world.share(world.rank)
+    world.heartbeat.expect(1.0)
+    if world.rank == victim:
+        time.sleep(1000)
+    world.share(world.rank)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_rank_that_hangs_is_named_and_so_is_the_collective_that_waits_for_it(victim):
+    with started(3, on_each, 0.2, hang, victim) as job:
+        assert job.statuses(WITHIN_S) == [1, 1, 1]
+        line = only_line(job)
+        first, second, *_ = line.removeprefix("error: no progress for ").split("; ")
+        assert f"s: rank {victim} ({socket.gethostname()}, pid {job.pids[victim]}) is in " in first and ", pid" not in first.partition(" is in ")[2]
+        others = [rank for rank in range(3) if rank != victim]
+        assert all(f"{rank} ({socket.gethostname()}, pid {job.pids[rank]})" in second for rank in others)
+        assert second.endswith(", share)") and "waits in all_gather" in second
+
+
+def slow_but_in_time(world) -> None:
+    for _ in range(3):
+        world.heartbeat.expect(1.0)
+        time.sleep(0.6)
+        world.share(world.rank)
+    world.heartbeat.expect(None)
+    time.sleep(1.5)
+
+
+def test_progress_in_time_is_no_hang():
+    with started(2, on_each, 0.2, slow_but_in_time) as job:
+        assert job.statuses(WITHIN_S) == [0, 0] and job.err == ""
+
+
 def hold_the_interpreter(world, seconds: float) -> None:
     if world.rank < 2:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # unlike CDLL, it does not let other threads of Python run

@@ -6,13 +6,14 @@ import secrets
 import selectors
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from plrd_train import heartbeat
 from plrd_train.errors import UserError
 from plrd_train.heartbeat.link import TICK_S, Address, Link, Served, my_name
+from plrd_train.heartbeat.whereabouts import whereabouts
 
 
 @dataclass(eq=False)
@@ -21,6 +22,7 @@ class _Peer:
     name: str
     link: Link
     left: bool = False  # in order
+    at: tuple[str, bool] | None = None  # where it stands, and whether it waits there for others
 
     def __str__(self) -> str:
         return f"{self.rank} ({self.name})"
@@ -64,6 +66,7 @@ class Hub(Served):
         self._speaker: _Claim | None = None
         self._lost_at: float | None = None
         self._verdict: _Verdict | None = None
+        self._late_by, self._inquired = 0.0, 0.0  # seconds without progress; when the ranks were asked about it
 
     def start(self) -> "Hub":
         """Take the calls of all other ranks and begin to watch them. Raises UserError where one does not call."""
@@ -166,6 +169,8 @@ class Hub(Served):
                 if "failed" in message:
                     self._claims.append(_Claim(peer, message["failed"], message["own"]))
                 peer.left |= "bye" in message
+                self._late_by = max(self._late_by, message.get("late", 0.0))
+                peer.at = tuple(message["at"]) if "at" in message else peer.at
             if not link.open:
                 self._forget(link)
 
@@ -182,6 +187,9 @@ class Hub(Served):
             # A host that is lost is lost with all its ranks, whose last beats are up to a beat apart.
             settled = now >= self._lost_at + (heartbeat.SETTLE_S if dead else heartbeat.BEAT_S)
             return _Verdict(1, _what_happened(dead, silent, now)) if settled else None
+        self._late_by = max(self._late_by, self._late(now))
+        if self._late_by and not self._claims:
+            return self._inquire(now)
         if self._claims and now >= self._claims[0].due:
             self._speaker = self._claims[0]
             if self._speaker.peer is None:
@@ -189,6 +197,22 @@ class Hub(Served):
             else:
                 self._speaker.peer.link.send(speak=True)
         return None
+
+    def _inquire(self, now: float) -> _Verdict | None:
+        """A rank makes no progress: ask all where they stand, and judge when they have answered."""
+        if not self._inquired:
+            self._inquired = now
+            self._tell(where=1)
+        elif self._since > self._inquired:  # it has made progress after all
+            self._late_by = self._inquired = 0.0
+            for peer in self._peers.values():
+                peer.at = None
+            return None
+        peers = [peer for peer in self._peers.values() if not peer.left]
+        if now < self._inquired + heartbeat.INQUIRY_S and any(peer.at is None for peer in peers):
+            return None
+        found = {f"0 ({self.address.name})": whereabouts(), **{str(peer): peer.at or ("a place that it does not tell", False) for peer in peers}}
+        return _Verdict(1, _who_hangs(found, self._late_by))
 
     def _end(self, verdict: _Verdict) -> NoReturn:
         if verdict.message:
@@ -216,6 +240,15 @@ def _what_happened(dead: Sequence[_Peer], silent: Sequence[_Peer], now: float) -
     return f"{' and '.join(said)}; {heartbeat.GO_ON}"
 
 
-def _ranks(peers: Sequence[_Peer], most: int = 8) -> str:
+def _who_hangs(found: Mapping[str, tuple[str, bool]], seconds: float) -> str:
+    """Those that wait for nobody come first: they are what the others wait for."""
+    places: dict[tuple[bool, str], list[str]] = {}
+    for rank, (place, waits) in found.items():
+        places.setdefault((waits, place), []).append(rank)
+    said = [f"{_ranks(places[key])} {'waits' if key[0] else 'is'} in {key[1]}" for key in sorted(places)]
+    return f"no progress for {seconds:.0f} s: {'; '.join(said)}; {heartbeat.GO_ON}"
+
+
+def _ranks(peers: Sequence[object], most: int = 8) -> str:
     more = f" and {len(peers) - most} more" if len(peers) > most else ""
     return f"rank{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers[:most]))}{more}"

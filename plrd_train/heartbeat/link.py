@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import socket
@@ -90,6 +91,15 @@ class Served(Heartbeat):
         self._may_speak, self._done = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._looked = 0.0
+        self._since, self._allowed = 0.0, math.inf
+
+    def expect(self, seconds: float | None) -> None:
+        self._since, self._allowed = time.monotonic(), math.inf if seconds is None else seconds
+
+    def _late(self, now: float) -> float:
+        """The seconds for which this rank has made no progress, where these are too many; else 0."""
+        waited = now - self._since
+        return waited if waited > self._allowed else 0.0
 
     def serve(self) -> None:
         """Watch until the run is over."""
@@ -116,7 +126,10 @@ class Served(Heartbeat):
     def _stood_still(self, now: float) -> bool:
         """Whether this process, or the machine under it, was the silent one. To be asked in each turn."""
         before, self._looked = self._looked, now
-        return now - before > heartbeat.SILENCE_S / 2
+        stood_still = now - before > heartbeat.SILENCE_S / 2
+        if stood_still:
+            self._since = now
+        return stood_still
 
     def _ended_by_thread(self, status: int) -> NoReturn:
         self._ring()

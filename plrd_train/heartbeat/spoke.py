@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from plrd_train import heartbeat
 from plrd_train.errors import UserError
 from plrd_train.heartbeat.link import Address, Link, Served, my_name
+from plrd_train.heartbeat.whereabouts import whereabouts
 
 
 class Spoke(Served):
@@ -62,7 +63,7 @@ class Spoke(Served):
     # The thread
 
     def serve(self) -> None:
-        lost_at, beat_due = None, 0.0
+        lost_at, beat_due, reported = None, 0.0, False
         while not self._done.is_set():
             if self._link in self._ready():
                 self._heed(self._link.receive())
@@ -74,6 +75,9 @@ class Spoke(Served):
             if now >= beat_due:
                 self._link.send(beat=1)
                 beat_due = now + heartbeat.BEAT_S
+                if (late := self._late(now)) and not reported:
+                    self._link.send(late=late)
+                reported = bool(late)
             if self._done.is_set() or (self._link.open and not self._link.silent(now)):
                 continue
             lost_at = lost_at or now
@@ -88,6 +92,8 @@ class Spoke(Served):
         for message in messages:
             if "end" in message:
                 os._exit(message["end"])
+            if "where" in message:
+                self._link.send(at=whereabouts())
             if "heir" in message:
                 self._heir = True
             if "bye" in message:

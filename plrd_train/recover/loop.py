@@ -12,6 +12,7 @@ from plrd_train.config import Recover
 from plrd_train.data.loader import Batch, Loader
 from plrd_train.engine import AdamW, Engine
 from plrd_train.recover.checkpoint import Snapshot
+from plrd_train.recover.deadline import Deadline
 from plrd_train.recover.exchange import Exchange
 from plrd_train.recover.guard import Guard
 from plrd_train.recover.objectives import Objective
@@ -74,15 +75,18 @@ class Trainer:
         branch_steps = int(settings.branch * steps)
         trunk_steps = steps - branch_steps
         last = rate(trunk_steps - 1, trunk_steps, peak, settings)
-        reports = Reports(self, pauses)
+        reports, deadline = Reports(self, pauses), Deadline(self.engine.world.heartbeat)
         for step in range(done, steps):
+            deadline.step()
             if step == trunk_steps:
                 trunk = self.engine.snapshot()
             lr = rate(step, trunk_steps, peak, settings) if step < trunk_steps else anneal(step - trunk_steps, branch_steps, last)
             wish = self._step(step, lr, reports)
             if wish and step + 1 < steps:
+                deadline.rest()
                 reports.finish()
                 pauses.take(wish, step + 1, trunk)
+        deadline.rest()
         reports.finish()
         if not branch_steps:
             return Recovered(None, trunk_steps * self.step_tokens, 0)
