@@ -28,6 +28,10 @@ class EvalDocument:
     domain: str
 
 
+class UnreadableError(UserError):
+    """A shard that is gone or fails to read at this moment, as a file system or a network may have it."""
+
+
 class _BadLineError(ValueError):
     pass
 
@@ -39,8 +43,8 @@ def read_documents(
 
     Documents with an empty text are passed over. A bad line (invalid UTF-8, not a JSON object, no string `text`) raises a UserError that names shard
     and line, and so does a damaged or truncated shard; with `skip_bad` the line, or the rest of the damaged shard, is passed over. `skipped`, where
-    given, counts by reason what was passed over; over all stripes of a shard each is counted once. A shard that is gone or cannot be read raises a
-    UserError always.
+    given, counts by reason what was passed over; over all stripes of a shard each is counted once. A shard that is gone or cannot be read raises
+    UnreadableError, which a second attempt may mend, and one that this user may not read a plain UserError.
     """
     skipped = Counter() if skipped is None else skipped
     number = 0
@@ -70,9 +74,11 @@ def read_documents(
         if number % stripes == stripe:
             skipped["truncated or damaged shard"] += 1
     except FileNotFoundError as error:
-        raise UserError(f"{shard}: this shard is gone since the corpus was listed; put it back, or start anew with another run_dir") from error
+        raise UnreadableError(f"{shard}: this shard is gone since the corpus was listed; put it back, or start anew with another run_dir") from error
+    except PermissionError as error:
+        raise UserError(f"{shard}: this user may not read it; change its permissions") from error
     except READ_ERRORS as error:
-        raise UserError(f"{shard}: cannot be read ({' '.join(str(error).split())})") from error
+        raise UnreadableError(f"{shard}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 def _parse(line: bytes) -> Document:

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from plrd_train.data.corpus import Corpus
-from plrd_train.data.documents import Document, encode, read_documents
+from plrd_train.data.documents import Document, UnreadableError, encode, read_documents
 from plrd_train.data.streams import START, Cursor, Packed, Stream, Unit, deal_units
 from plrd_train.errors import UserError
+
+WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # before each further attempt to read a shard: a minute in all
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Loader:
     of its stream. Global sequence i comes from stream i mod `streams`, and stream s is read by rank s mod `world_size` alone. Behind its last
     document a stream goes on into the next epoch, in another order.
 
-    One unit (a shard, or a stripe of one) is in memory for each stream that this rank reads. As many sequences as the last call asked for are read
+    One unit (a shard, or a stripe of one) is in memory for each stream that this rank reads. One that fails to read is tried again for a minute, each
+    attempt after twice the wait, and one line of warning on standard error. As many sequences as the last call asked for are read
     ahead by one thread; a UserError met there is raised by the `next` that needs the sequence. Not to be called from several threads.
     """
 
@@ -66,6 +71,7 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._units = deal_units(corpus.shards, streams)
         self._skipped: dict[int, Counter[str]] = {}
+        self._closing = threading.Event()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")  # one worker, so first in first out
         self._ahead: deque[Future[Packed]] = deque()
         self._start(0, dict.fromkeys(range(rank, streams, world_size), START))
@@ -83,6 +89,16 @@ class Loader:
         return (i for i in itertools.count(first) if i % self._streams in self._cursors)
 
     def _load(self, unit: Unit) -> list[Document]:
+        for seconds in WAITS_S:
+            try:
+                return self._read(unit)
+            except UnreadableError as error:
+                print(f"warning: {error}; trying again in {seconds:g} s", file=sys.stderr, flush=True)
+                if self._closing.wait(seconds):
+                    raise
+        return self._read(unit)
+
+    def _read(self, unit: Unit) -> list[Document]:
         skipped: Counter[str] = Counter()
         documents = list(read_documents(unit.shard, stripe=unit.stripe, stripes=unit.stripes, skip_bad=self._skip_bad, skipped=skipped))
         if skipped:
@@ -156,6 +172,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop the thread that reads ahead."""
+        self._closing.set()
         self._reader.shutdown(wait=True, cancel_futures=True)
 
 

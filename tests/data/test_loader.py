@@ -5,7 +5,9 @@ import itertools
 import json
 import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -267,6 +269,46 @@ def test_bad_input_is_raised_by_the_call_that_needs_it_and_the_position_stays(tm
         assert loader.position() == saved
 
 
+def test_a_shard_that_is_away_for_a_while_costs_nothing_but_time(tmp_path, write_shard, records, tokenizer, monkeypatch, capfd):
+    monkeypatch.setattr("plrd_train.data.loader.WAITS_S", (0.2, 5.0))
+    shard, away = write_shard(tmp_path / "corpus" / "a.jsonl", records(range(30))), tmp_path / "away"
+    corpus = resolve_corpus(str(tmp_path / "corpus"), "train")
+    with ranks(corpus, tokenizer, 1) as loaders:
+        expected = read(loaders, [4])
+    shard.rename(away)
+    with ranks(corpus, tokenizer, 1) as loaders:
+        back = threading.Timer(0.1, lambda: away.rename(shard))
+        back.start()
+        assert read(loaders, [4]) == expected
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {shard}: this shard is gone") and line.endswith("; trying again in 0.2 s")
+
+
+def test_a_shard_that_stays_away_ends_in_an_error_after_so_many_attempts(tmp_path, write_shard, records, tokenizer, monkeypatch, capfd):
+    monkeypatch.setattr("plrd_train.data.loader.WAITS_S", (0.01, 0.02, 0.04))
+    shard = write_shard(tmp_path / "a.jsonl", records(range(30)))
+    corpus = resolve_corpus(str(tmp_path), "train")
+    shard.unlink()
+    with ranks(corpus, tokenizer, 1, streams=1) as (loader,):
+        with pytest.raises(UserError, match=f"{shard}: this shard is gone"):
+            loader.next(1)
+        assert capfd.readouterr().err.count("trying again") == 3
+
+
+def test_a_loader_that_waits_for_a_shard_can_be_closed(tmp_path, write_shard, records, tokenizer, monkeypatch, capfd):
+    monkeypatch.setattr("plrd_train.data.loader.WAITS_S", (1000.0,))
+    shard = write_shard(tmp_path / "a.jsonl", records(range(30)))
+    corpus = resolve_corpus(str(tmp_path), "train")
+    shard.unlink()
+    said = ""
+    with ranks(corpus, tokenizer, 1, streams=1) as (loader,), ThreadPoolExecutor(1) as pool:
+        failed = pool.submit(loader.next, 1)
+        while "trying again in 1000 s" not in said:
+            said += capfd.readouterr().err
+        loader.close()
+        assert isinstance(failed.exception(timeout=10), UserError)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_skipped_documents_are_counted_once_over_streams_ranks_and_epochs(tmp_path, write_shard, records, tokenizer, world_size):
     good = records(range(60))
@@ -287,12 +329,13 @@ def watch(event, arguments):
         opened.append(arguments[0])
 
 
-def test_a_seek_deep_into_many_shards_opens_one_shard_a_stream(tmp_path, write_shard, records, tokenizer):
+def test_a_seek_deep_into_ten_thousand_shards_opens_one_shard_a_stream(tmp_path, write_shard, records, tokenizer):
     global watching
-    for shard in range(3000):
-        write_shard(tmp_path / f"chunk{shard % 7}" / f"example_{shard:04}.jsonl", records([2 * shard, 2 * shard + 1]))
+    lines = records(range(20_000))
+    for shard in range(10_000):
+        write_shard(tmp_path / f"chunk{shard % 7}" / f"example_{shard:04}.jsonl", lines[2 * shard : 2 * shard + 2])
     corpus = resolve_corpus(str(tmp_path), "train")
-    assert len(corpus.shards) == 3000
+    assert len(corpus.shards) == 10_000
     sys.addaudithook(watch)
     with ranks(corpus, tokenizer, 1, seq_len=512) as loaders:
         watching = True
@@ -302,14 +345,18 @@ def test_a_seek_deep_into_many_shards_opens_one_shard_a_stream(tmp_path, write_s
         assert len(set(opened)) > 1000
         opened.clear()
         watching = False
-    with ranks(corpus, tokenizer, 2, saved, seq_len=8) as loaders:
-        watching = True
-        assert opened == []  # a seek by itself reads nothing
-        sequences = read(loaders, [STREAMS])
-        watching = False
-    assert [sequence[:8] for sequence in expected] == sequences
-    assert len(set(opened)) <= 2 * STREAMS and len(opened) == len(set(opened))  # the cursor's shard; one more where it stood at its end
-    opened.clear()
+    deep = {**saved, "cursors": {stream: [3, 1600 + int(stream), 0, 0] for stream in saved["cursors"]}}
+    for position, sound in ((saved, [sequence[:8] for sequence in expected]), (deep, None)):
+        with ranks(corpus, tokenizer, 2, position, seq_len=8) as loaders:
+            watching = True
+            assert opened == []  # a seek by itself reads nothing
+            start = time.monotonic()
+            sequences = read(loaders, [STREAMS])
+            assert time.monotonic() - start < 10  # five times what a restart may take; a replay of so much takes longer
+            watching = False
+        assert sound is None or sequences == sound
+        assert len(set(opened)) <= 2 * STREAMS and len(opened) == len(set(opened))  # the cursor's shard; one more where it stood at its end
+        opened.clear()
 
 
 def test_the_thread_ends_with_close(many_shards, tokenizer):

@@ -56,4 +56,4 @@ def test_a_step_that_hangs_ends_the_run_and_names_the_rank_and_the_collective(co
     guilty, waiting, _ = line.split("; ")
     assert "rank 1 (" in guilty and " is in " in guilty
     assert re.search(r"rank 0 \(.*\) waits in (all_gather|reduce_scatter)\w* \(plrd_train/", waiting)
-    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*[0-9]"))
