@@ -43,6 +43,8 @@ from plrd_train.scratch import train_parent
 from plrd_train.stopping import Stopped, StopRequest
 from plrd_train.tracking import console
 from plrd_train.tracking.report import write_report
+from plrd_train.tracking.rows import read_rows
+from plrd_train.tracking.signatures import signs
 from plrd_train.tracking.tracker import open_tracker
 from plrd_train.training import calibration_text, open_loader, train
 from plrd_train.world import SharedError, World
@@ -303,6 +305,9 @@ class Run:
         self.world.on_main(self.family.write)
         if self.world.is_main:
             write_report(self.run_dir)
+            for sign in signs(self.family.parent, self.family.members, read_rows(self.run_dir / "metrics.jsonl")):
+                if sign.stage == len(self.family.members):
+                    console.say(f"note: {sign.words}")
 
     def close(self, exit_code: int = 0) -> None:
         """End the loader's thread and the records; the run can be opened again."""

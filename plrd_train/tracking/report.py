@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from plrd_train.family import Family
 from plrd_train.tracking.plots import family_figure, losses_figure
 from plrd_train.tracking.rows import Row, read_rows
+from plrd_train.tracking.signatures import signs
 from plrd_train.tracking.table import HEADERS, count, family_rows, number
 
 _PAGE = """<!doctype html>
@@ -58,6 +59,12 @@ summary { cursor: pointer; }
 <div class="wide"><table><tbody>{% for name, value in facts %}
 <tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}
 </tbody></table></div>
+{% endif %}
+{% if signs %}
+<h2>What to look at</h2>
+<ul>{% for words in signs %}
+<li>{{ words }}.</li>{% endfor %}
+</ul>
 {% endif %}
 <h2>How to read it</h2>
 <dl>
@@ -117,6 +124,7 @@ def write_report(run_dir: Path) -> Path:
             headers=HEADERS,
             table=family_rows(family.parent, family.members),
             facts=_facts(family.members, rows),
+            signs=[sign.words for sign in signs(family.parent, family.members, rows)],
             context=_context(settings),
             settings=settings,
         )
@@ -147,6 +155,8 @@ def _facts(members: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[tuple
     ]
     if speed := values("perf/tokens_per_s"):
         facts.append(("tokens per second, median", number(median(speed))))
+    if skipped := values("train/skipped")[-1:]:
+        facts.append(("steps left out", f"{skipped[0]:,.0f}"))
     if mfu := values("perf/mfu"):
         facts.append(("model FLOPs utilization, median", f"{100 * median(mfu):.1f}%"))
     if memory := values("perf/memory_gib"):
