@@ -137,7 +137,8 @@ class Recover:
 
 @section
 class Checkpoint:
-    """A stage that is under way is saved every so many tokens or minutes (null: not by that measure), and the newest `keep` checkpoints stay."""
+    """A stage that is under way is saved every so many tokens or minutes (null: not by that measure), and the newest `keep` checkpoints stay
+    beside the ends of stages."""
 
     tokens: Positive | None
     minutes: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None

@@ -90,4 +90,5 @@ def checkpoints(config: Config, parent: PreTrainedConfig, models: Sequence[Plann
     steps = [machine.seconds(_flops_per_token(parent, model, config.data.seq_len) * step_tokens) for model in trained]
     slowest = max((step for step in steps if step is not None), default=0.0)
     stop = STEPS_TO_STOP * slowest + 2 * seconds + STOP_MARGIN_S
-    return Checkpoints(size, (config.checkpoint.keep + 1) * size + published, seconds, 10 * math.ceil(stop / 10))
+    ends = sum(4 * (2 if config.recover.branch else 1) * model.structure.numel for model in models[1:])  # which stay
+    return Checkpoints(size, (config.checkpoint.keep + 1) * size + ends + published, seconds, 10 * math.ceil(stop / 10))

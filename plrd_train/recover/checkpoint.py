@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plrd_train.engine import MOMENTS, AdamW, Architecture, Engine
 from plrd_train.errors import UserError
+from plrd_train.family import write_atomically
 from plrd_train.recover import saved
 from plrd_train.recover.exchange import Exchange
 from plrd_train.recover.progress import Progress
@@ -21,8 +22,9 @@ Snapshot = Mapping[str, Tensor]  # parameter -> this rank's shard, in host memor
 
 
 class Checkpoints:
-    """A folder of checkpoints, one sub-folder each, named by the optimizer steps of the run so far. It is made visible by a rename when it is whole,
-    and the newest `keep` stay. They are written by a thread of their own, over a process group of its own, while training goes on."""
+    """A folder of checkpoints, one sub-folder each, named by the optimizer steps of the run so far and, at the end of a stage, by that. It is made
+    visible by a rename when it is whole, and named in the file `latest`. The ends of stages stay, and so do the newest `keep`. They are written by a
+    thread of their own, over a process group of its own, while training goes on."""
 
     def __init__(self, folder: Path, engine: Engine, keep: int):
         """A collective."""
@@ -31,7 +33,8 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def _of(self, progress: Progress) -> Path:
-        return self._folder / f"step-{progress.counters.steps:08d}"
+        name = f"step-{progress.counters.steps:08d}"
+        return self._folder / (name if progress.under_way else f"{name}-stage-{progress.stages}")
 
     def _all(self) -> list[Path]:
         """Newest first."""
@@ -129,6 +132,7 @@ class Checkpoints:
         _write_durably(temporary / saved.SUMS, sums)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+        write_atomically(self._folder / "latest", final.name + "\n")  # for people and their tools: a restart looks at what is there
         self._tidy(final)
         for folder in self._all():
             if folder > final:  # damaged: the run went on from before it
@@ -136,8 +140,8 @@ class Checkpoints:
 
     def _tidy(self, newest: Path) -> None:
         """Remove what is no longer needed beside the checkpoint `newest` and those just before it."""
-        older = [folder for folder in self._all() if folder < newest]
-        for folder in [*older[self._keep - 1 :], *self._folder.glob("step-*.tmp")]:
+        older = [folder for folder in self._all() if folder < newest][self._keep - 1 :]
+        for folder in [*(folder for folder in older if "-stage-" not in folder.name), *self._folder.glob("step-*.tmp")]:
             shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:

@@ -87,7 +87,7 @@ KILLS = [
     ("plrd_train.recover.checkpoint:Checkpoints._make_visible", 0, []),
     ("plrd_train.hub.members:write_member", 0, []),
     ("plrd_train.tracking.tracker:Tracker.log", STEPS - 1, ["1.25x"]),  # in the branch
-    ("plrd_train.recover.checkpoint:Checkpoints._tidy", 1, ["1.25x"]),  # the new checkpoint is there, the old one still too
+    ("plrd_train.recover.checkpoint:Checkpoints._tidy", 1, ["1.25x"]),  # the new checkpoint is there
     ("plrd_train.hub.members:_ShardWriter.close", 0, ["1.25x"]),
     ("plrd_train.family:Family.write", 0, ["1.25x"]),
     ("plrd_train.run:write_report", 0, ["1.25x", "1.6x"]),
@@ -106,7 +106,8 @@ def survivor(command, tmp_path_factory) -> Path:
         else:
             assert [member["name"] for member in records(run_dir)[0]["members"]] == listed and members >= set(listed), where
         if "_tidy" in where:
-            assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {f"step-{STEPS:08d}", f"step-{2 * STEPS:08d}"}
+            there = {path.name for path in (run_dir / "checkpoints").iterdir()}
+            assert there == {"latest", f"step-{STEPS:08d}-stage-1", f"step-{2 * STEPS:08d}-stage-2"}
     finish(1, command(run_dir, SHORT, *BRANCH))
     return run_dir
 
@@ -153,7 +154,7 @@ def test_one_more_ratio_adds_its_member_and_touches_no_other(command, undisturbe
 def test_the_member_of_a_branch_is_annealed_and_the_trunk_goes_on(command, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     finish(1, command(run_dir, SHORT, *BRANCH, "stages.ratios=[1.25]", "recover.schedule=constant"))
-    (file,) = (run_dir / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")
+    (file,) = (run_dir / "checkpoints" / f"step-{STEPS:08d}-stage-1").glob("*.safetensors")
     tensors = load_file(file)
     trunk, member = ({name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(part)} for part in ("model/", "member/"))
     published = load_file(run_dir / "members" / "1.25x" / "model.plrd.safetensors")

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import io
-import os
 import subprocess
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -80,19 +79,23 @@ def saved_and_loaded(world, folder: Path, run_dir: Path) -> list:
     trunk_again = checkpoints.load_stage(TRAINING, architecture, OPTIMIZER)
     found.append(same(engine, member) and all(torch.equal(trunk_again[name], tensor) for name, tensor in trunk.items()))
     found.append(all(torch.equal(engine.moments()[moment][name], tensor) for moment in moments for name, tensor in moments[moment].items()))
+    for steps in (31, 33):
+        checkpoints.save_stage(dataclasses.replace(TRAINING, counters=Counters(steps=steps)), None)
     checkpoints.save(dataclasses.replace(ENDED, counters=Counters(steps=40), branched=False), trunk)
     checkpoints.wait()
     return found
 
 
-def test_what_was_saved_is_loaded_and_the_newest_are_kept(save_parent, tmp_path):
+def test_what_was_saved_is_loaded_and_the_ends_of_stages_stay_beside_the_newest(save_parent, tmp_path):
     folder, _ = save_parent("llama_tied_scaled_rope")
     for found in run_ranks(2, saved_and_loaded, folder, tmp_path):
         assert found[0] is None
         assert found[1] == ENDED and found[4] == TRAINING
         assert found[2] and found[3] and found[5] and found[6]
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert folders == ["step-00000025", "step-00000040"]
+    assert folders == ["latest", "step-00000020-stage-1", "step-00000033", "step-00000040-stage-1"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000040-stage-1\n"
+    folders.remove("latest")
     assert not list(tmp_path.rglob("*00009*"))
     for name in folders:
         subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "sha256sums"], cwd=tmp_path / "checkpoints" / name, check=True)
@@ -137,11 +140,11 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("break_it", [flip, truncate, Path.unlink])
 def test_a_damaged_one_is_named_and_the_one_before_it_is_used(parent, tmp_path, which, break_it):
     run_ranks(1, three, parent, tmp_path)
-    broken = sorted((tmp_path / "checkpoints" / "step-00000010").glob(which))[-1]
+    broken = sorted((tmp_path / "checkpoints" / "step-00000010-stage-1").glob(which))[-1]
     break_it(broken)
     ((found, said),) = run_ranks(1, latest, parent, tmp_path)
     assert found.counters.steps == 9
-    assert f"step-00000010/{broken.name if which != 'sha256sums' else ''}" in said and len(said.splitlines()) == 1
+    assert f"step-00000010-stage-1/{broken.name if which != 'sha256sums' else ''}" in said and len(said.splitlines()) == 1
 
 
 def test_where_all_are_damaged_every_rank_says_so_and_nothing_is_removed(parent, tmp_path):
@@ -150,12 +153,12 @@ def test_where_all_are_damaged_every_rank_says_so_and_nothing_is_removed(parent,
         flip(file)
     for message, _ in run_ranks(2, latest, parent, tmp_path):
         assert message.startswith(f"{tmp_path}/checkpoints: every checkpoint here is damaged") and "\n" not in message
-    assert len(os.listdir(tmp_path / "checkpoints")) == 3
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 3
 
 
 def test_one_of_another_version_is_named(parent, tmp_path):
     run_ranks(1, three, parent, tmp_path)
-    folder = tmp_path / "checkpoints" / "step-00000010"
+    folder = tmp_path / "checkpoints" / "step-00000010-stage-1"
     (folder / "progress.json").write_text('{"what": 1}')
     names = sorted(path.name for path in folder.iterdir() if path.name != "sha256sums")
     sums = subprocess.run(["sha256sum", *names], cwd=folder, check=True, capture_output=True, text=True).stdout
