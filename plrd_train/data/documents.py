@@ -1,5 +1,6 @@
 """Documents of a shard, their encoding by the parent's tokenizer, and the held-out documents on which perplexity is measured."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from plrd_train.data.corpus import Corpus
 from plrd_train.data.shards import DAMAGED, READ_ERRORS, open_shard
 from plrd_train.errors import UserError
+
+_PROBE = "The quick brown fox,  it jumps\tover 1234567 lazy dogs.\n\nÉtude № 5 — naïve café; Übermut, 東京 und Москва 🙂 <s> </s> x_1 += f(y)\n"
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,12 @@ def _parse(line: bytes) -> Document:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The token ids of a whole text, with the special tokens that this tokenizer adds by its own rule."""
     return tokenizer(text, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Stands for what `encode` does: a hash of the vocabulary, and of the ids of a text that pieces, spaces and special tokens are made of."""
+    known = json.dumps([sorted(tokenizer.get_vocab().items()), encode(tokenizer, _PROBE)], ensure_ascii=False)
+    return hashlib.sha256(known.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def evaluation_documents(

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from plrd_train.data.corpus import Corpus
-from plrd_train.data.documents import Document, UnreadableError, encode, read_documents
+from plrd_train.data.documents import Document, UnreadableError, encode, fingerprint, read_documents
 from plrd_train.data.streams import START, Cursor, Packed, Stream, Unit, deal_units
 from plrd_train.errors import UserError
 
@@ -66,7 +66,7 @@ class Loader:
             raise UserError("data.append_eos=true, but this tokenizer has no EOS token; set data.append_eos=false")
         self._tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers refuse to be used by two threads at once
         self._eos = [tokenizer.eos_token_id] if append_eos else []
-        self._identity = {"corpus": corpus.fingerprint, "seed": seed, "streams": streams}
+        self._identity = {"corpus": corpus.fingerprint, "tokenizer": fingerprint(self._tokenizer), "seed": seed, "streams": streams}
         self._seq_len, self._streams, self._seed, self._skip_bad = seq_len, streams, seed, skip_bad
         self._rank, self._world_size = rank, world_size
         self._units = deal_units(corpus.shards, streams)
@@ -151,9 +151,9 @@ class Loader:
         """Go to a position joined by `merge_positions`, saved on any number of ranks.
 
         Opens nothing; the next `next` opens the units at the cursors, and none before them is read again. Raises UserError where the position was
-        saved with another corpus, seed or number of streams.
+        saved with another corpus, tokenizer, seed or number of streams.
         """
-        for name, key in (("corpus", "data.train"), ("seed", "seed"), ("streams", "data.streams")):
+        for name, key in (("corpus", "data.train"), ("tokenizer", "parent.path"), ("seed", "seed"), ("streams", "data.streams")):
             if position[name] != self._identity[name]:
                 raise UserError(
                     f"{key}: the run was begun with {name} {position[name]}, not {self._identity[name]}; put it back, or use another run_dir"

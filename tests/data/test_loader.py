@@ -1,6 +1,7 @@
 """The order of training sequences: the same on any number of ranks, after any restart, and made of the corpus' own documents."""
 
 import contextlib
+import copy
 import itertools
 import json
 import sys
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plrd_train.data.corpus import resolve_corpus
+from plrd_train.data.documents import encode
 from plrd_train.data.loader import Loader, merge_positions
 from plrd_train.errors import UserError
 
@@ -236,6 +238,18 @@ def test_a_position_of_something_else_is_refused(many_shards, few_shards, tokeni
     ):
         with ranks(corpus, tokenizer, 1, **changed) as (loader,), pytest.raises(UserError, match=named):
             loader.seek(saved)
+    bare = copy.deepcopy(tokenizer)
+    bare.add_bos_token = False
+    for other in (with_one_more_token(tokenizer), bare):
+        assert encode(other, "the cat") != encode(tokenizer, "the cat") or len(other) != len(tokenizer)
+        with ranks(many_shards, other, 1) as (loader,), pytest.raises(UserError, match=r"parent\.path: the run was begun with tokenizer"):
+            loader.seek(saved)
+
+
+def with_one_more_token(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["an unheard-of word"])
+    return other
 
 
 def test_parts_of_different_positions_do_not_merge(many_shards, tokenizer):
