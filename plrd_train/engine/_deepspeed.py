@@ -3,12 +3,14 @@
 import importlib
 import inspect
 import logging
+import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from plrd_train.engine import Architecture
@@ -39,13 +41,14 @@ def _import() -> None:
         raise UserError("engine=zero3: DeepSpeed is not installed here; pip install 'plrd-train[zero3]', or choose engine=fsdp") from None
 
 
-def check_nvme() -> None:
-    """Raise UserError where this node cannot compile what DeepSpeed reads and writes NVMe with. Not a collective."""
+def check_nvme(keys: Sequence[str]) -> None:
+    """Raise UserError, which names these `keys` of the engine, where this node cannot compile what DeepSpeed reads and writes NVMe with. Not a
+    collective."""
     from deepspeed.accelerator import get_accelerator
 
     if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
         raise UserError(
-            "engine.offload_optimizer: nvme needs DeepSpeed's async_io, which is compiled on each node with the headers of libaio "
+            f"engine.{' and engine.'.join(keys)}: nvme needs DeepSpeed's async_io, which is compiled on each node with the headers of libaio "
             "(Debian's libaio-dev); without them choose cpu"
         )
 
@@ -60,7 +63,7 @@ def build(architecture: Architecture, dtype: torch.dtype, config: Mapping[str, A
         module._buffers.update({name: b if b is None else torch.empty_like(b, device=device) for name, b in module._buffers.items()})
     architecture.refill(model)
     partitioned: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
-    convert = Init(module=nn.Module(), config_dict_or_path=dict(config))
+    convert = Init(module=nn.Module(), config_dict_or_path=dict(config), param_swapper=_swapper(model, dtype, config))
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter not in partitioned:
@@ -69,6 +72,31 @@ def build(architecture: Architecture, dtype: torch.dtype, config: Mapping[str, A
             if parameter is not None:
                 module._parameters[name] = partitioned[parameter]
     return model
+
+
+def _swapper(model: nn.Module, dtype: torch.dtype, config: Mapping[str, Any]) -> Any:
+    """What keeps slices in files, or None where they stay in memory."""
+    if config["zero_optimization"]["offload_param"]["device"] != "nvme":
+        return None
+    from plrd_train.engine._nvme import Swapper  # imports DeepSpeed
+
+    return Swapper(config, dtype, largest=max(math.ceil(parameter.numel() / dist.get_world_size()) for parameter in model.parameters()))
+
+
+def in_file(parameter: Any) -> bool:
+    """Whether the slice of this partitioned parameter stays in a file."""
+    return parameter.ds_tensor.final_location == "nvme"
+
+
+def forget(parameters: Iterable[Any]) -> None:
+    """Let go of what was read ahead and not used: DeepSpeed's step updates a slice that is in memory there alone, and not in its file.
+
+    No parameter may be whole.
+    """
+    for parameter in parameters:
+        if in_file(parameter):
+            parameter.nvme_swapper.synchronize_reads()
+            parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
 
 
 def make_states(optimizer: Any, inner: torch.optim.AdamW, steps: int, moments: tuple[str, ...]) -> None:
@@ -90,6 +118,9 @@ def end(engine: Any) -> None:
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+    swapper = next(engine.module.parameters()).nvme_swapper
+    if swapper is not None:
+        swapper.end()
     engine.destroy()
     parameter_offload.FWD_MODULE_STACK.clear()
     cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # type: ignore[attr-defined]

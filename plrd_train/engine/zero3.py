@@ -23,30 +23,35 @@ from plrd_train.world import World
 @dataclass(frozen=True)
 class Options:
     """`dtype` is that of parameters and matrix products: bf16 (gradients reduced in float32, float32 masters) or fp32. `offload_optimizer` is
-    where the float32 masters and optimizer states stay, on nvme in files below `nvme_path`; `offload_params` is where the slices of the parameters
-    stay while they are not needed. The sizes are DeepSpeed's settings of these names, in elements."""
+    where the float32 masters and optimizer states stay; `offload_params` is where the slices of the parameters stay while they are not needed; nvme:
+    in files below `nvme_path`, what is smaller than 1 MiB in host memory. The sizes are DeepSpeed's settings of these names, in elements."""
 
     dtype: Literal["bf16", "fp32"]
     activation_checkpointing: bool
     offload_optimizer: Literal["none", "cpu", "nvme"]
-    offload_params: Literal["none", "cpu"]
+    offload_params: Literal["none", "cpu", "nvme"]
     nvme_path: str | None
     reduce_bucket_size: int
     prefetch_bucket_size: int
     param_persistence_threshold: int
 
     def __post_init__(self) -> None:
-        if self.offload_optimizer == "nvme" and self.nvme_path is None:
-            raise ValueError("offload_optimizer=nvme needs nvme_path, a folder on a fast disk of each node")
+        if self.on_nvme and self.nvme_path is None:
+            raise ValueError(f"{self.on_nvme[0]}=nvme needs nvme_path, a folder on a fast disk of each node")
         for name, least in (("reduce_bucket_size", 1), ("prefetch_bucket_size", 0), ("param_persistence_threshold", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
 
+    @property
+    def on_nvme(self) -> list[str]:
+        """The settings that put something on NVMe."""
+        return [name for name in ("offload_optimizer", "offload_params") if getattr(self, name) == "nvme"]
+
 
 def open_engine(options: Options, world: World) -> "Zero3":
     _deepspeed.prepare(world)
-    if options.offload_optimizer == "nvme":
-        world.on_all(_deepspeed.check_nvme)
+    if options.on_nvme:
+        world.on_all(lambda: _deepspeed.check_nvme(options.on_nvme))
     return Zero3(options, world)
 
 
@@ -62,9 +67,11 @@ class Zero3:
         self._mesh = init_device_mesh("cpu", (world.size,))
         self._deepspeed: Any = None  # the DeepSpeedEngine; there is one from the first load on
         self._free: Callable[[], object] = lambda: None
-        self._swapped = Path(options.nvme_path or "") / "zero_stage_3" / "optimizer" / f"rank{world.rank}"  # where DeepSpeed puts the files
-        if options.offload_optimizer == "nvme":
-            weakref.finalize(self, shutil.rmtree, self._swapped, ignore_errors=True)
+        kinds = {"offload_optimizer": "optimizer", "offload_params": {"bf16": "bfloat16params", "fp32": "float32params"}[options.dtype]}
+        # Where DeepSpeed puts the files.
+        self._swapped = [Path(options.nvme_path or "") / "zero_stage_3" / kinds[key] / f"rank{world.rank}" for key in options.on_nvme]
+        for folder in self._swapped:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def _config(self) -> dict[str, Any]:
         options, pinned = self.options, self.device.type == "cuda"
@@ -78,7 +85,12 @@ class Zero3:
             "zero_optimization": {
                 "stage": 3,
                 "offload_optimizer": {"device": options.offload_optimizer, "nvme_path": options.nvme_path, "pin_memory": pinned},
-                "offload_param": {"device": options.offload_params, "pin_memory": pinned},
+                "offload_param": {
+                    "device": options.offload_params,
+                    "nvme_path": options.nvme_path,
+                    "max_in_cpu": 0,  # by default the slices of a billion elements stay in memory and none of them is in a file
+                    "pin_memory": pinned,
+                },
                 "reduce_bucket_size": options.reduce_bucket_size,
                 "stage3_prefetch_bucket_size": options.prefetch_bucket_size,
                 "stage3_param_persistence_threshold": options.param_persistence_threshold,
@@ -127,8 +139,8 @@ class Zero3:
         self._free()
         self._deepspeed = self.model = None
         gc.collect()  # they hold one another
-        if self.options.offload_optimizer == "nvme":
-            shutil.rmtree(self._swapped, ignore_errors=True)
+        for folder in self._swapped:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         """The partitioned parameters, tied ones once: DeepSpeed gives each its `ds_shape`, `ds_numel` and `ds_tensor`."""
@@ -200,6 +212,8 @@ class Zero3:
         optimizer.set_lr(lr)
         optimizer.clip_grad = clip
         self._deepspeed.basic_optimizer.found_inf = refuse.float()  # a fused optimizer leaves the step out by it
+        if self.options.offload_params == "nvme":
+            self._publish()  # a step updates a slice that was read ahead in memory alone
         self._deepspeed.step()  # which leaves one whose norm is not finite out by itself
         return torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self.device)
 
@@ -215,11 +229,15 @@ class Zero3:
     def _write(self, parameter: Any, shard: Tensor) -> None:
         """Set this rank's shard; it is computed with after `_publish`."""
         self._deepspeed.optimizer.set_local_hp_param(shard, parameter)
-        parameter.ds_tensor.data.copy_(shard)
+        if _deepspeed.in_file(parameter):
+            parameter.nvme_swapper.swap_out_partitioned_params([parameter], [shard])
+        else:
+            parameter.ds_tensor.data.copy_(shard)
 
     def _publish(self) -> None:
-        """Drop parameters that are whole at the moment: they are gathered anew from the shards."""
+        """Drop parameters that are whole at the moment, and slices that were read ahead: they are gathered anew from the shards."""
         self._deepspeed.empty_partition_cache()
+        _deepspeed.forget(parameter for _, parameter in self._parameters())
 
     def snapshot(self) -> dict[str, Tensor]:
         return {name: self._read(parameter).detach().to("cpu", copy=True) for name, parameter in self._parameters()}

@@ -20,6 +20,8 @@ REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's max_reuse_distance, in elements
 LIVE = 1_000_000_000  # DeepSpeed's max_live_parameters: beyond so many elements nothing is gathered ahead
 SUB_GROUP = 1_000_000_000  # DeepSpeed's sub_group_size, in elements of a rank
 NVME_BUFFERS = 4  # DeepSpeed's buffer_count: what of an optimizer on NVMe is in memory, in sub-groups of float32
+NVME_SLICES = 6  # what parameters on NVMe are read into (DeepSpeed's buffer_count of these) and written from, in largest slices
+NVME_LEAST = 2**20  # bytes of the smallest slice that is in a file
 
 
 class Memory:
@@ -64,6 +66,11 @@ class Memory:
         kept, sub_group, parts = self._kept(model), self._sub_group(model), Parts()
         if self.options.offload_params == "cpu":
             parts["parameters"] = self.width * kept
+        elif self.options.offload_params == "nvme":
+            slices = [self.width * self.shard(parameter.shape) for parameter in model.parameters]
+            small = sum(size for size in slices if size < NVME_LEAST)
+            whole = min(sum(slices) - small, self.width * LIVE / self.shards)  # those of parameters that are whole at the moment
+            parts["parameters"] = small + whole + NVME_SLICES * max(slices)
         if self._offloaded:
             parts["gradients"] = 8 * kept  # the flat buffer, and those that the optimizer reads
             parts["optimizer"] = 8 * sub_group  # what a step computes in

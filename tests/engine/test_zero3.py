@@ -1,12 +1,17 @@
 """What only ZeRO-3 does: offloading, parameters that stay whole, ending one DeepSpeed engine for the next. The rest is in test_engines.py."""
 
 import gc
+import json
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
-from processes import run_ranks
-from sharded import batches, empty, factor, logits, opened, shapes_of, train
+from processes import run_job, run_ranks
+from safetensors.torch import load_file
+from sharded import SETTINGS, batches, empty, factor, go_on, logits, opened, shapes_of, train
 from tiny_parents import save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -86,9 +91,9 @@ def test_each_rank_reads_the_rows_of_its_slices_only(save_parent):
         assert whole == 0
 
 
-def refused(world, folder):
+def refused(world, folder, keys):
     try:
-        opened(world, "zero3", folder, offload_optimizer="nvme", nvme_path=str(folder))
+        opened(world, "zero3", folder, **dict.fromkeys(keys, "nvme"), nvme_path=str(folder))
     except UserError as error:
         return str(error)
 
@@ -97,8 +102,10 @@ def test_nvme_without_libaio_is_refused_in_one_line(save_parent):
     if run_ranks(1, nvme_is_there)[0]:
         pytest.skip("libaio is installed here")
     folder, _ = save_parent("llama")
-    for message in run_ranks(2, refused, folder):
+    for message in run_ranks(2, refused, folder, ["offload_optimizer"]):
         assert message.startswith("engine.offload_optimizer: nvme needs") and "\n" not in message
+    for message in run_ranks(2, refused, folder, ["offload_optimizer", "offload_params"]):
+        assert message.startswith("engine.offload_optimizer and engine.offload_params: nvme needs") and "\n" not in message
 
 
 def nvme_is_there(world):
@@ -107,40 +114,99 @@ def nvme_is_there(world):
     return get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
 
 
-def in_memory(world, folder, data):
-    engine = opened(world, "zero3", folder, reduce_bucket_size=10**6)
-    norms = train(engine, data)
-    factor(engine, folder, dict.fromkeys(shapes_of(engine), 384))
-    return norms + train(engine, data)
+COMPILE = "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('AsyncIOBuilder').load(verbose=False)"
 
 
-def on_nvme(world, folder, data, swap):
-    engine = opened(world, "zero3", folder, offload_optimizer="nvme", nvme_path=str(swap), reduce_bucket_size=10**6)
-    norms = train(engine, data)
-    files = len(list(swap.rglob("*.swp")))
+@pytest.fixture(scope="module")
+def swapped_parent(tmp_path_factory):
+    """A parent whose matrices are large enough to be in files on two ranks, and what reads and writes files, compiled: which takes minutes."""
+    if not run_ranks(1, nvme_is_there)[0]:
+        pytest.skip("libaio is not installed here")
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, env={**os.environ, "DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL)
+    folder = tmp_path_factory.mktemp("swapped") / "parent"
+    sizes = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(folder)
+    save_tokenizer(folder, 2048)
+    return folder
+
+
+def wrong_in_files(engine, swap):
+    """How many files of slices of parameters there are, and how many of them hold other values than the masters, or are in memory, too."""
+    wrong, files = 0, sorted(swap.glob(f"zero_stage_3/float32params/rank{engine.rank}/*.swp"))
+    values = {parameter.nvme_swapper.get_path(parameter): name for name, parameter in engine.model.named_parameters()} if files else {}
+    masters = engine.snapshot()
+    for file in files:
+        master, slices = masters[values[str(file)]], engine.model.get_parameter(values[str(file)]).ds_tensor
+        read = torch.from_file(str(file), size=len(master))
+        wrong += not torch.equal(read, master) or slices.untyped_storage().nbytes() > 4
+    return len(files), wrong
+
+
+def two_stages_with_all(world, folder, data, swap, options):
+    """Two stages with all that a run does to parameters, and the files that are there meanwhile."""
+    sizes = {"reduce_bucket_size": 10**6, "prefetch_bucket_size": 10**6, "param_persistence_threshold": 1000}
+    engine = opened(world, "zero3", folder, nvme_path=str(swap), **sizes, **options)
+    files = [wrong_in_files(engine, swap)]
+    found = [logits(engine, data[0]), *train(engine, data, 2), logits(engine, data[0]), *go_on(engine, data, 2)]
+    files.append(wrong_in_files(engine, swap))
+    found.append(engine.gather("model.layers.1.mlp.up_proj.weight", world.size - 1)())
     factor(engine, folder, dict.fromkeys(shapes_of(engine), 384))
-    norms += train(engine, data)
+    files.append(wrong_in_files(engine, swap))
+    kept = engine.snapshot()
+    found += train(engine, data, 2)
+    engine.restore(kept)
+    files.append(wrong_in_files(engine, swap))
+    found += [*train(engine, data, 2), logits(engine, data[0])]
+    optimizer_files = len(list(swap.glob(f"zero_stage_3/optimizer/rank{world.rank}/*.swp")))
     engine._end()
-    return norms, files, len(list(swap.rglob("*.swp")))
+    world.share(None)
+    return [figure for figure in found if figure is not None], files, optimizer_files, [path for path in swap.rglob("*") if path.is_file()]
 
 
 @pytest.mark.slow  # compiles DeepSpeed's async_io
-def test_an_optimizer_on_nvme_changes_nothing_and_leaves_nothing(tmp_path):
-    if not run_ranks(1, nvme_is_there)[0]:
-        pytest.skip("libaio is not installed here")
-    sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 4}
-    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(tmp_path / "parent")  # what is small stays in memory
-    save_tokenizer(tmp_path / "parent")
-    data = batches(2, 4)
-    norms = run_ranks(1, in_memory, tmp_path / "parent", data)[0]
-    found, during, after = run_ranks(1, on_nvme, tmp_path / "parent", data, tmp_path / "swap")[0]
-    assert found == pytest.approx(norms, rel=1e-3)
-    assert during and not after
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_on_nvme_changes_nothing_and_leaves_nothing(swapped_parent, tmp_path, ranks):
+    def found_with(optimizer, params):
+        arguments = (swapped_parent, batches(3, 4), tmp_path / f"{optimizer}_{params}", {"offload_optimizer": optimizer, "offload_params": params})
+        return run_ranks(ranks, two_stages_with_all, *arguments)
+
+    for optimizer, host in (("none", "none"), ("nvme", "cpu")):  # gradients' norms are summed in another order where the optimizer is on the host
+        expected = found_with(host, "none")
+        for (found, files, of_optimizer, left), (same, *_) in zip(found_with(optimizer, "nvme"), expected, strict=True):
+            torch.testing.assert_close(found, same, rtol=0, atol=0)
+            assert all(count >= 4 and not wrong for count, wrong in files)
+            assert bool(of_optimizer) == (optimizer == "nvme")
+            assert not left
+
+
+@pytest.mark.slow  # see above
+def test_a_family_from_nvme_is_the_same(swapped_parent, command, tmp_path):
+    def member(name, *overrides):
+        run_dir, sizes = tmp_path / name, ("engine.reduce_bucket_size=1000000", "engine.prefetch_bucket_size=1000000")
+        chosen = (
+            f"parent.path={swapped_parent}",
+            "stages.ratios=[1.6]",
+            "stages.tokens=512",
+            "evaluation.tokens=500",
+            "engine=zero3",
+            "engine.dtype=fp32",
+        )
+        ended = run_job(2, command(run_dir, *chosen, *sizes, *overrides))
+        assert (ended.status, ended.err) == (0, "")
+        (entry,) = json.loads((run_dir / "family.json").read_text())["members"]
+        (weights,) = run_dir.rglob("model.safetensors")
+        return entry["eval"], load_file(weights)
+
+    places = [f"engine.nvme_path={tmp_path / 'swap'}", "engine.offload_optimizer=nvme", "engine.offload_params=nvme"]
+    swapped, kept = member("swapped", *places), member("kept", "engine.offload_optimizer=cpu")
+    torch.testing.assert_close(swapped, kept, rtol=0, atol=0)
+    assert not [path for path in (tmp_path / "swap").rglob("*") if path.is_file()]
 
 
 def test_settings_that_make_no_sense_are_refused():
-    sound = {"dtype": "bf16", "activation_checkpointing": True, "offload_params": "none", "reduce_bucket_size": 1, "prefetch_bucket_size": 0}
-    with pytest.raises(ValueError, match="needs nvme_path"):
-        Options(**sound, offload_optimizer="nvme", nvme_path=None, param_persistence_threshold=0)
+    sound = {**SETTINGS["zero3"], "reduce_bucket_size": 1, "prefetch_bucket_size": 0}
+    for key in ("offload_optimizer", "offload_params"):
+        with pytest.raises(ValueError, match=f"{key}=nvme needs nvme_path"):
+            Options(**sound | {key: "nvme"})
     with pytest.raises(ValueError, match="param_persistence_threshold is -1"):
-        Options(**sound, offload_optimizer="none", nvme_path=None, param_persistence_threshold=-1)
+        Options(**sound | {"param_persistence_threshold": -1})
