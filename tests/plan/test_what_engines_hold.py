@@ -1,5 +1,7 @@
 """What the plans of the engines say that is gathered, against the engines themselves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine.sharded import OPTIMIZER, logits, opened
@@ -9,7 +11,7 @@ from plrd_train.engine import options
 from plrd_train.hub.models import build_model
 from plrd_train.hub.parents import load_config, open_parent
 from plrd_train.plan.phases import memory_of
-from plrd_train.plan.structure import Structure
+from plrd_train.plan.structure import Parameter, Structure
 from plrd_train.plan.trace import trace_step
 from plrd_train.recover.objectives.ce import Objective
 
@@ -51,3 +53,18 @@ def settings():
     from engine.sharded import SETTINGS
 
     return options("zero3")(**SETTINGS["zero3"])
+
+
+def test_parameters_on_nvme_are_neither_on_the_device_nor_all_on_the_host():
+    matrix, norm, ranks = (8192, 8192), (8192,), 64
+    structure = Structure(tuple(Parameter(str(i), shape, "", "") for i in range(1000) for shape in (matrix, norm)), {})
+    slices = {shape: 4 * torch.Size(shape).numel() / ranks for shape in (matrix, norm)}
+
+    def device_and_host(place):
+        memory = memory_of("zero3", replace(settings(), offload_params=place, nvme_path="swap"), ranks, "cuda")
+        return memory.resident(structure, optimizer=True)["parameters"], memory.host(structure).get("parameters", 0)
+
+    kept, on_host, in_files = map(device_and_host, ("none", "cpu", "nvme"))
+    assert (kept[1], on_host[1]) == (0, 1000 * sum(slices.values())) and kept[0] - on_host[0] == on_host[1] and in_files[0] == on_host[0]
+    # Norms, which are too small for files; what is whole at once, 1e9 elements; and six buffers.
+    assert in_files[1] == 1000 * slices[norm] + 4 * 1e9 / ranks + 6 * slices[matrix]
