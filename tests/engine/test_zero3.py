@@ -143,12 +143,22 @@ def wrong_in_files(engine, swap):
     return len(files), wrong
 
 
+def step_with_all_read_ahead(engine, batch):
+    """A step that finds slices in memory which were read ahead and never used, as those of experts that no token went to."""
+    engine.backward(engine.model(input_ids=batch[engine.rank :: engine.world_size]).logits.logsumexp(-1).mean())
+    for parameter in engine.model.parameters():
+        if parameter.ds_tensor.final_location == "nvme" and parameter.ds_status.name == "NOT_AVAILABLE":
+            parameter.nvme_swapper.swap_in([parameter])
+    return engine.step(1e-2, 0.5).item()
+
+
 def two_stages_with_all(world, folder, data, swap, options):
     """Two stages with all that a run does to parameters, and the files that are there meanwhile."""
     sizes = {"reduce_bucket_size": 10**6, "prefetch_bucket_size": 10**6, "param_persistence_threshold": 1000}
     engine = opened(world, "zero3", folder, nvme_path=str(swap), **sizes, **options)
     files = [wrong_in_files(engine, swap)]
     found = [logits(engine, data[0]), *train(engine, data, 2), logits(engine, data[0]), *go_on(engine, data, 2)]
+    found.append(step_with_all_read_ahead(engine, data[0]))
     files.append(wrong_in_files(engine, swap))
     found.append(engine.gather("model.layers.1.mlp.up_proj.weight", world.size - 1)())
     factor(engine, folder, dict.fromkeys(shapes_of(engine), 384))
