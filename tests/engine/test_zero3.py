@@ -149,7 +149,7 @@ def step_with_all_read_ahead(engine, batch):
     for parameter in engine.model.parameters():
         if parameter.ds_tensor.final_location == "nvme" and parameter.ds_status.name == "NOT_AVAILABLE":
             parameter.nvme_swapper.swap_in([parameter])
-    return engine.step(1e-2, 0.5).item()
+    return engine.step(1e-2, 0.5, torch.tensor(False)).item()
 
 
 def two_stages_with_all(world, folder, data, swap, options):
