@@ -113,8 +113,10 @@ def make_states(optimizer: Any, inner: torch.optim.AdamW, steps: int, moments: t
 def end(engine: Any) -> None:
     """Undo what keeps `engine`, a DeepSpeedEngine, and its model alive once the caller has let go of them: it must then collect the garbage.
 
-    `destroy` alone leaves both in a list of root modules and in a cache.
+    `destroy` alone leaves both in a list of root modules and in a cache. Nothing, where the process group has ended: then the process is about to.
     """
+    if not torch.distributed.is_initialized():
+        return
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
