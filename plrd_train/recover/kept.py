@@ -1,5 +1,6 @@
 """Finished factors of a stage that is being factored, on disk until the stage has a checkpoint: a restart does not factor them again."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,17 +21,21 @@ class KeptFactors:
 
     def get(self, name: str, key: str) -> dict[str, Tensor] | None:
         try:
-            with safe_open(self._path(name), framework="pt", device=str(self._device)) as file:
-                return {part: file.get_tensor(part) for part in file.keys()} if file.metadata().get("key") == key else None  # noqa: SIM118
+            with safe_open(self._path(name), framework="pt") as file:
+                found, tensors = file.metadata() or {}, {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
         except (FileNotFoundError, SafetensorError):  # of a damaged one nothing is lost but time
             return None
+        if (found.get("key"), found.get("sha256")) != (key, _sha256(tensors)):
+            return None
+        return {part: tensor.to(self._device) for part, tensor in tensors.items()}
 
     def put(self, name: str, key: str, tensors: Mapping[str, Tensor]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(name)
         part = path.with_suffix(".part")
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"key": key})
+            save_file(whole, part, metadata={"key": key, "sha256": _sha256(whole)})
         except SafetensorError as error:
             raise OSError(f"{part}: {error}") from None
         os.replace(part, path)
@@ -41,3 +46,12 @@ class KeptFactors:
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of the names and the bytes of these tensors, in host memory."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -54,8 +54,8 @@ def damage(folder: Path, world: World) -> str | None:
         found = checksums(folder, world)
     except UserError as error:
         return str(error)
-    if not expected:
-        return f"{folder / SUMS} is missing or empty"
+    if not expected or "" in expected:  # a line was cut short
+        return f"{folder / SUMS} is missing or damaged"
     for name in sorted({*expected, *found}):
         if name not in found:
             return f"{folder / name} is missing"
