@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-cluster bench lint lock clean
+.PHONY: run test test-cluster test-faults bench lint lock clean
 
 run: $(VENV)/.ready
 	launch/local.sh experiment=quickstart $(ARGS)
@@ -14,6 +14,10 @@ test: $(VENV)/.ready
 # Slurm, two hosts and the image: as root on Debian it installs the packages that it needs; elsewhere it skips, with the reason.
 test-cluster: $(VENV)/.ready
 	$(BIN)/python -m pytest -m cluster $(ARGS)
+
+# Forty faults, from a kill to a damaged checkpoint; a longer campaign: PYTHONPATH=tests .venv/bin/python -m faults --seed 1 --count 200
+test-faults: $(VENV)/.ready
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 # Ours against what one would use otherwise; ARGS names single files of benchmarks/.
 bench: $(VENV)/.ready

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _replace(where: str, call: int, instead: Callable[[], Any]) -> None:
+def before(where: str, call: int, instead: Callable[[], Any]) -> None:
     """Let `instead` happen at the `call`-th call, from 0, of the function `where`, "module:name" or "module:Class.name"."""
     module, _, path = where.partition(":")
     owner_name, _, name = path.rpartition(".")
@@ -28,13 +28,13 @@ def _replace(where: str, call: int, instead: Callable[[], Any]) -> None:
 def kill_before(rank: int, where: str, call: int) -> None:
     """Rank 0 is killed, as by `kill -9`, in place of that call."""
     if rank == 0:
-        _replace(where, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        before(where, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def signal_before(rank: int, where: str, call: int, number: int, on: int = 0) -> None:
     """Rank `on` sends itself a signal before that call."""
     if rank == on:
-        _replace(where, call, lambda: os.kill(os.getpid(), number))
+        before(where, call, lambda: os.kill(os.getpid(), number))
 
 
 def fail_before(rank: int, where: str, call: int, ranks: tuple[int, ...], message: str) -> None:
@@ -44,13 +44,13 @@ def fail_before(rank: int, where: str, call: int, ranks: tuple[int, ...], messag
         raise ValueError(message)
 
     if rank in ranks:
-        _replace(where, call, fail)
+        before(where, call, fail)
 
 
 def touch_before(rank: int, where: str, call: int, file: Path) -> None:
     """`file` is there from that call of rank 0 on."""
     if rank == 0:
-        _replace(where, call, file.touch)
+        before(where, call, file.touch)
 
 
 def limit_files(rank: int, size: int) -> None:
