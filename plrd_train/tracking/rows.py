@@ -26,8 +26,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line in a single write. JSON knows no NaN and no infinity: they become null."""
-    with path.open("ab", buffering=0) as file:
+    """Append one line, in a single write where there is room. JSON knows no NaN and no infinity: they become null."""
+    with path.open("ab") as file:  # buffered: a plain write says nothing of a line for which the disk has room in part
         file.write(_line(row))
 
 
