@@ -94,14 +94,14 @@ class Campaign:
         setting = SETTINGS[number % len(SETTINGS)]
         run_dir = self._folder / f"family-{number}"
         chain = _Chain(self, setting, run_dir, number)
-        faults = iter(self._faults(setting, number))
-        while not chain.done and not chain.hopeless:
-            if chain.met >= min(most, LONGEST):
-                chain.strike(0, None)
-                continue
-            place, fault = next(one for one in faults if only in (None, one[0]))
-            chain.strike(place, fault)
-            most = 1 if only is not None else most
+        faults = self._faults(setting, number)
+        if only is not None:
+            faults = (one for one in itertools.takewhile(lambda one: one[0] <= only, faults) if one[0] == only)
+        peace = itertools.repeat((-1, None))
+        for place, fault in itertools.chain(faults, peace):
+            chain.strike(place, fault if chain.met < min(most, LONGEST) else None)
+            if chain.done or chain.hopeless:
+                break
         if chain.hopeless:
             return
         expected = self._undisturbed(setting)

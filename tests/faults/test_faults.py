@@ -13,7 +13,7 @@ def campaign(folder, seed: int, count: int) -> None:
 
 
 def test_five_faults(tmp_path):
-    campaign(tmp_path / "campaign", 6, 5)
+    campaign(tmp_path / "campaign", 5, 5)
 
 
 @pytest.mark.faults
