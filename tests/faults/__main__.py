@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from faults.campaign import Campaign, as_json, table
+from faults.campaign import Campaign
+from faults.table import as_json, table
 
 ROOM = "96m"
 

@@ -1,12 +1,10 @@
 """A campaign of faults: small families, each struck again and again until it is done, against the same families left in peace."""
 
-import dataclasses
 import itertools
 import random
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +12,10 @@ from integration.test_restart import records, same_members
 from tiny_family import write_corpus, write_parent
 
 from faults.damage import FILES, damage, whole_checkpoints
-from faults.kinds import DAMAGES, DECK, HOST, LAUNCHER, PHASES, READING, WANDB, Fault, complaint, draw
+from faults.kinds import DAMAGES, DECK, HOST, LAUNCHER, WANDB, Fault, complaint, draw
 from faults.starting import Start, start
 from faults.striking import mend
+from faults.table import Met
 
 STEPS = 9  # a stage
 LOST = 6  # steps at most behind what was begun: a checkpoint every two, written while the next ones are trained
@@ -49,23 +48,6 @@ SETTINGS = [
     Setting(2, "zero3", False, "whitened"),
     Setting(1, "fsdp", True, "whitened"),
 ]
-
-
-@dataclass(frozen=True)
-class Met:
-    """A fault that ended a start: where in the campaign, what was said, the newest whole checkpoint then left to go on from (-1: none yet), by its
-    optimizer steps, and the steps begun before."""
-
-    family: int
-    number: int
-    setting: str
-    fault: Fault
-    statuses: list[int]
-    said: str
-    damaged: str
-    went_on_from: int
-    begun: int
-    seconds: float
 
 
 class Campaign:
@@ -152,9 +134,9 @@ class Campaign:
     def record(self, met: Met) -> None:
         self.met.append(met)
         gone = f"{met.went_on_from}" if met.went_on_from >= 0 else "the start"
-        self._say(
-            f"{len(self.met):4d}  family {met.family}.{met.number} ({met.setting}): {met.fault}; {met.statuses} {met.said}; goes on from {gone}"
-        )
+        damaged = f"; damaged: {met.damaged}" if met.damaged else ""
+        place = f"family {met.family}.{met.number} ({met.setting})"
+        self._say(f"{len(self.met):4d}  {place}: {met.fault}; {met.statuses} {met.said}{damaged}; goes on from {gone}")
 
     def _faults(self, setting: Setting, family: int) -> Iterator[tuple[int, Fault]]:
         """What strikes that family, by number: it goes through the deck from a place of its own."""
@@ -267,32 +249,3 @@ class _Chain:
 
 def _steps(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def table(met: Sequence[Met]) -> str:
-    """Kinds by phases, as markdown: how many, and from which steps on the next starts went on; and below, what was said."""
-    phases = [*PHASES, READING]
-    lines = ["| fault | " + " | ".join(phases) + " | all | went on from |", "|---" * (len(phases) + 3) + "|"]
-    said: dict[str, Counter[str]] = {}
-    for kind in dict.fromkeys(kind for kind, _ in DECK):
-        those = [one for one in met if one.fault.kind == kind]
-        counts = Counter(one.fault.phase for one in those)
-        cells = [str(counts[phase] or "") for phase in phases]
-        lines.append(f"| {kind} | {' | '.join(cells)} | {len(those)} | {_origins(those)} |")
-        said[kind] = Counter(re.sub(r"(?<=RUN_DIR)/[^:( ]*", "/…", one.said).replace("\n", "<br>") or "nothing" for one in those)
-    lines.append("")
-    lines += ["| fault | last words | times |", "|---|---|---|"]
-    lines += [f"| {kind} | {text} | {times} |" for kind, words in said.items() for text, times in words.most_common()]
-    return "\n".join(lines) + "\n"
-
-
-def _origins(those: Sequence[Met]) -> str:
-    steps = [one.went_on_from for one in those if one.went_on_from >= 0]
-    parts = [f"{len(steps)} a checkpoint (step {min(steps)} to {max(steps)})"] if steps else []
-    if fresh := len(those) - len(steps):
-        parts.append(f"{fresh} the start, before the first checkpoint")
-    return "; ".join(parts)
-
-
-def as_json(met: Sequence[Met]) -> list[dict]:
-    return [dataclasses.asdict(one) for one in met]
