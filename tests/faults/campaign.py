@@ -192,7 +192,9 @@ class _Chain:
             self._problem(f"{before}: {self._begun} steps were begun, and the newest whole checkpoint is of {went_on_from}")
         self.met += 1
         words = [line for line in ended.out.splitlines() if "stopped as asked" in line or "W&B is off" in line]
-        said = self._plain("\n".join(line for line in (*words, *ended.err.splitlines()) if not line.startswith("wandb: ")))
+        said = self._plain(
+            "\n".join(line for line in (*words, *ended.err.splitlines()) if "; trying again in " not in line and not line.startswith("wandb: "))
+        )
         self._campaign.record(
             Met(self._number, number, str(self._setting), fault, ended.statuses, said, damaged, went_on_from, self._begun, ended.seconds)
         )
@@ -248,4 +250,4 @@ class _Chain:
 
 
 def _steps(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    return int(checkpoint.name.split("-")[1])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.starting import Start
+from faults.striking import WAITS_S
 
 HOST = socket.gethostname()
 _LOOP, _CHECKPOINT, _RUN, _MEMBERS = "plrd_train.recover.loop", "plrd_train.recover.checkpoint", "plrd_train.run", "plrd_train.hub.members"
@@ -99,7 +100,8 @@ def complaint(fault: Fault, start: Start, run_dir: Path) -> str | None:
     """What is wrong with the way in which a start ended that met `fault`; None: nothing."""
     if start.hung:
         return "hung"
-    size, kind, errors = len(start.pids), fault.kind, [line for line in start.err.splitlines() if not line.startswith("wandb: ")]
+    size, kind = len(start.pids), fault.kind
+    errors = [line for line in start.err.splitlines() if not line.startswith("wandb: ") and "; trying again in " not in line]
     if kind == LAUNCHER:
         return _unless(start.statuses == [-9] and not errors, start)
     if kind == "kill -9 of all ranks":
@@ -113,6 +115,8 @@ def complaint(fault: Fault, start: Start, run_dir: Path) -> str | None:
         asked = bool(start.out) and "stopped as asked" in start.out.splitlines()[-1]
         return _unless(start.statuses == [75] * size and not errors and asked and warnings == (kind == WANDB), start)
     place = start.shard if kind in SHARD_KINDS else str(run_dir)
+    if start.err.count("; trying again in ") != (len(WAITS_S) if kind in SHARD_KINDS else 0):
+        return f"tried again another number of times:\n{start.err}"
     named = len(errors) == 1 and errors[0].startswith("error: ") and place in errors[0]
     return _unless(start.statuses == [2] * size and named, start)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SMALL = 1 << 28  # bytes; a file system up to this size is one to be filled
 FOLDERS = ("", "checkpoints", "members")
+WAITS_S = (0.05, 0.1)  # for a shard to come back
 _LIMIT = 4096  # bytes a file, where the disk is not filled itself
 _DAC_OVERRIDE = 1  # linux/capability.h
 
@@ -57,6 +58,7 @@ class Notes:
 def arm(rank: int, values: tuple | None, run_dir: str, corpus: str, notes_folder: str) -> None:
     """Let the fault of these `values` happen in this start, whose rank this is."""
     from faults.kinds import SHARD_KINDS, WANDB, Fault
+    from plrd_train.data import loader
 
     notes = Notes(Path(notes_folder))
     faulthandler.register(signal.SIGUSR2, file=sys.stderr)
@@ -73,6 +75,7 @@ def arm(rank: int, values: tuple | None, run_dir: str, corpus: str, notes_folder
     if rank != fault.rank:
         return
     if fault.kind in SHARD_KINDS:
+        loader.WAITS_S = WAITS_S
         _break_shard(fault, Path(corpus).resolve(), notes)
         return
     world_size = int(os.environ["WORLD_SIZE"])
