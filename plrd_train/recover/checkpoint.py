@@ -125,7 +125,8 @@ class Checkpoints:
 
     @staticmethod
     def _make_empty(folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
 
     def _make_visible(self, temporary: Path, final: Path, sums: str) -> None:
