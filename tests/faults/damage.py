@@ -4,7 +4,7 @@ import hashlib
 import random
 from pathlib import Path
 
-FILES = ("*.safetensors", "progress.json", "sha256sums")
+FILES = ("*.safetensors", "*.safetensors", "progress.json", "sha256sums")  # the tensors are nearly all of it
 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:

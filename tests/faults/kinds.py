@@ -117,7 +117,8 @@ def complaint(fault: Fault, start: Start, run_dir: Path) -> str | None:
     place = start.shard if kind in SHARD_KINDS else str(run_dir)
     if start.err.count("; trying again in ") != (len(WAITS_S) if kind in SHARD_KINDS else 0):
         return f"tried again another number of times:\n{start.err}"
-    named = len(errors) == 1 and errors[0].startswith("error: ") and place in errors[0]
+    why = "Permission denied" if kind == "a read-only folder" else ""
+    named = len(errors) == 1 and errors[0].startswith("error: ") and place in errors[0] and why in errors[0]
     return _unless(start.statuses == [2] * size and named, start)
 
 
