@@ -19,6 +19,7 @@ from faults.table import Met
 
 STEPS = 9  # a stage
 LOST = 6  # steps at most behind what was begun: a checkpoint every two, written while the next ones are trained
+MANY = 20  # problems, which need no more
 LONGEST = 15  # faults of one family, which then may finish
 EACH = 8  # about as many as a family meets: the next one begins so much further in the deck
 
@@ -65,8 +66,8 @@ class Campaign:
         write_corpus(self._corpus, shards=24, documents=12)  # small ones, so that streams go on to others in mid-stage
 
     def run(self, count: int) -> None:
-        """Strike until `count` faults are met; the last family finishes in peace."""
-        while len(self.met) < count:
+        """Strike until `count` faults are met, or MANY problems; the last family finishes in peace."""
+        while len(self.met) < count and len(self.problems) < MANY:
             self.family(self.families, count - len(self.met))
 
     def family(self, number: int, most: int = LONGEST, only: int | None = None) -> None:
