@@ -73,8 +73,9 @@ class Lock:
             return
         self._released.set()
         self._thread.join()
-        if self._mine(self._look()):
-            self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what ended the run is said, and not that its dead owner's lock stays
+            if self._mine(self._look()):
+                self._file.unlink(missing_ok=True)
         if self._made_folder:
             with contextlib.suppress(OSError):
                 self._run_dir.rmdir()
