@@ -30,15 +30,15 @@ class KeptFactors:
         return {part: tensor.to(self._device) for part, tensor in tensors.items()}
 
     def put(self, name: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(name)
         part = path.with_suffix(".part")
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             save_file(whole, part, metadata={"key": key, "sha256": _sha256(whole)})
-        except SafetensorError as error:
-            raise OSError(f"{part}: {error}") from None
-        os.replace(part, path)
+            os.replace(part, path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{part}: this cannot be written ({error}); mend that, and the same command goes on") from None
 
     def clear(self) -> None:
         """Remove them all. Once, on one rank."""

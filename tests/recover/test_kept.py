@@ -1,5 +1,6 @@
 """Factors that outlive a crash: given back as they were put, or not at all."""
 
+import pytest
 import torch
 
 from plrd_train.recover.kept import KeptFactors
@@ -39,3 +40,9 @@ def test_of_a_damaged_file_nothing_is_given_back(tmp_path):
         assert kept.get("a", "key") is None
     file.write_bytes(whole)
     assert same(kept.get("a", "key"))
+
+
+def test_what_cannot_be_kept_is_said_in_one_line(tmp_path):
+    (tmp_path / "factors").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match=rf"^{tmp_path}/factors/a\.part: this cannot be written \([^\n]*\); mend that, and the same command goes on$"):
+        KeptFactors(tmp_path / "factors", torch.device("cpu")).put("a", "key", FACTORS)
