@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from plrd_train.errors import UserError
 from plrd_train.hub.parents import Parent, load_tokenizer, open_parent
+from plrd_train.hub.weights import WeightReader
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,13 @@ def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto",
     """Load a model with transformers, on the GPU where there is one.
 
     `dtype` is what it computes in; "auto" is the dtype of its weights. Remote code is run for a tokenizer alone. Raises UserError where the weights
-    are not whole or do not fit, and where the tokenizer does not load.
+    are not whole, not finite or do not fit, and where the tokenizer does not load.
     """
     try:
         tokenizer = load_tokenizer(files, trust_remote_code)
     except UserError as error:
         raise UserError(str(error).removeprefix("parent ")) from None
+    WeightReader(files)  # transformers converts what is stored in another type without a word
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -59,4 +61,7 @@ def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto",
         raise UserError(f"{files.path}: does not load ({' '.join(str(error).split())})") from error
     if info["missing_keys"]:  # transformers has made them up
         raise UserError(f"{files.path}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}; fetch or publish it again")
+    for name, parameter in model.named_parameters():
+        if not all(bound.isfinite() for bound in parameter.aminmax()):
+            raise UserError(f"{files.path}: {name} holds NaN or infinity; fetch it again, or choose another model")
     return Published(files.path, model, tokenizer, device)

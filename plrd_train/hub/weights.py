@@ -1,7 +1,7 @@
 """Reading a parent's weights a few rows at a time, so that no rank needs to hold more than its own share."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ class WeightReader:
     """Tensors of a parent by the names that its model gives them, in the dtype that they are stored in.
 
     Files may say `embed_out.weight` for GPT-NeoX's `lm_head.weight`, leave out the prefix `model.`, or hold a tied weight under one name only;
-    names are matched as transformers does it, and a tied weight is found under each of its names.
+    names are matched as transformers does it, and a tied weight is found under each of its names. Opening one raises UserError where what is stored
+    is not of the shapes that the config leads to, or no floating-point numbers; only headers are read.
     """
 
     def __init__(self, parent: Parent):
@@ -35,6 +36,8 @@ class WeightReader:
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name not in self._stored and id(tensor) in owner:
                 self._stored[name] = self._stored[owner[id(tensor)]]
+        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._check({name: tensor.shape for name, tensor in model.state_dict().items()})
 
     def names(self) -> list[str]:
         """The names that can be read."""
@@ -59,6 +62,16 @@ class WeightReader:
         if not torch.isfinite(tensor).all():
             raise UserError(f"{file}: {stored} holds NaN or infinity; fetch the file again, or choose another parent")
         return tensor
+
+    def _check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raise UserError where a stored tensor is not of the shape that config.json leads to, or holds no floating-point numbers for a parameter."""
+        for name in self._stored:
+            file, stored = self._find(name)
+            if self.shape(name) != shapes[name]:
+                told = f"{stored} has shape {tuple(self.shape(name))}, but config.json asks for {tuple(shapes[name])}"
+                raise UserError(f"{file}: {told}; they are not of one model, fetch both again")
+            if name in self._parameters and not self.dtype(name).is_floating_point:
+                raise UserError(f"{file}: {stored} is stored as {str(self.dtype(name)).removeprefix('torch.')}; give the unquantized model")
 
     def _find(self, name: str) -> tuple[Path, str]:
         """(file, name in it)."""
