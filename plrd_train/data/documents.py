@@ -12,7 +12,7 @@ from plrd_train.data.corpus import Corpus
 from plrd_train.data.shards import DAMAGED, READ_ERRORS, open_shard
 from plrd_train.errors import UserError
 
-_PROBE = "The quick brown fox,  it jumps\tover 1234567 lazy dogs.\n\nÉtude № 5 — naïve café; Übermut, 東京 und Москва 🙂 <s> </s> x_1 += f(y)\n"
+PROBE = "The quick brown fox,  it jumps\tover 1234567 lazy dogs.\n\nÉtude № 5 — naïve café; Übermut, 東京 und Москва 🙂 <s> </s> x_1 += f(y)\n"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Stands for what `encode` does: a hash of the vocabulary, and of the ids of a text that pieces, spaces and special tokens are made of."""
-    known = json.dumps([sorted(tokenizer.get_vocab().items()), encode(tokenizer, _PROBE)], ensure_ascii=False)
+    known = json.dumps([sorted(tokenizer.get_vocab().items()), encode(tokenizer, PROBE)], ensure_ascii=False)
     return hashlib.sha256(known.encode(errors="surrogatepass")).hexdigest()[:16]
 
 

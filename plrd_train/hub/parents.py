@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from plrd_train.data.documents import PROBE, encode
 from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import VARIANT
+from plrd_train.hub.models import build_model
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 _TOKENIZER_SETTINGS = (
@@ -29,6 +32,7 @@ TOKENIZER_FILES = (*VOCABULARY_FILES, *_TOKENIZER_SETTINGS)
 TOKENIZER_CODE = "tokenization*.py"
 # Single file before index, as transformers looks for them.
 _WEIGHT_FILES = ("model.safetensors", f"model.{VARIANT}.safetensors")
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _INDEX_FILES = ("model.safetensors.index.json", f"model.safetensors.index.{VARIANT}.json")
 
 
@@ -57,10 +61,13 @@ def open_parent(path: str, revision: str = "main", trust_remote_code: bool = Fal
     if not (folder / "config.json").is_file():
         raise UserError(f"parent {path}: has no config.json; give the folder of a Hugging Face model")
     parent = Parent(path, commit, str(folder), weights={})
-    load_config(parent)
+    check_architecture(load_config(parent), folder)
     if not any(file for pattern in VOCABULARY_FILES for file in folder.glob(pattern)):
         raise UserError(f"parent {path}: has no tokenizer; copy its tokenizer.json or tokenizer.model, and tokenizer_config.json, beside config.json")
-    return dataclasses.replace(parent, weights=_weight_map(folder, path))
+    weights = _weight_map(folder, path)
+    if not weights:
+        raise UserError(f"parent {path}: its safetensors hold no weights; fetch it again")
+    return dataclasses.replace(parent, weights=weights)
 
 
 def on_this_node(parent: Parent, trust_remote_code: bool = False) -> Parent:
@@ -76,16 +83,35 @@ def load_config(parent: Parent) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(parent.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers has no common class for what a broken config raises
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{file}: asks for custom code, which is never run for a model; give one that transformers knows by itself") from None
         raise UserError(f"{file}: {_first_line(error)}") from error
     architecture = getattr(config, "parent_class", type(config))
     names = config.architectures or ["ForCausalLM"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{file}: needs "architectures": [class name]; fetch it again')
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING or not any("CausalLM" in name or "LMHead" in name for name in names):
         raise UserError(f"{file}: {', '.join(config.architectures or [architecture.__name__])} is not a causal LM; only those can be parents")
     if config.is_encoder_decoder:
         raise UserError(f"{file}: an encoder-decoder model is not a causal LM; only those can be parents")
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{file}: these weights are quantized; give the unquantized model")
+    for key in _SIZES:
+        size = getattr(config.get_text_config(), key, 1)
+        if type(size) is not int or size < 1:
+            raise UserError(f"{file}: {key} is {size!r}, which is no size; fetch it again")
     return config
+
+
+def check_architecture(config: PreTrainedConfig, folder: Path) -> None:
+    """Raise UserError where transformers cannot make a model of this config, which lies in `folder`. Nothing is allocated."""
+    try:
+        with torch.device("meta"):
+            build_model(config)
+    except Exception as error:  # whatever an architecture stumbles over: a name that it does not know, sizes that do not go together
+        raise UserError(
+            f"{folder / 'config.json'}: no model can be made of it ({type(error).__name__}: {_first_line(error)}); fetch it again"
+        ) from error
 
 
 def load_tokenizer(parent: Parent, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -100,6 +126,12 @@ def load_tokenizer(parent: Parent, trust_remote_code: bool = False) -> PreTraine
         raise UserError(
             f"parent {parent.path}: its tokenizer has {len(tokenizer)} tokens, config.json a vocab_size of {vocabulary}: not of one model"
         )
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocabulary:
+        raise UserError(f"parent {parent.path}: its tokenizer knows an id of {largest}, config.json a vocab_size of {vocabulary}: not of one model")
+    try:
+        encode(tokenizer, PROBE)
+    except Exception as error:
+        raise UserError(f"parent {parent.path}: its tokenizer does not encode a text ({_first_line(error)}); fetch it again") from error
     return tokenizer
 
 
@@ -149,20 +181,29 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weights.values()))
-        outside = [name for name in shards if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        outside = [name for name in shards if not _lies_inside(index.parent, name)]
+        missing = [name for name in shards if not (index.parent / name).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise UserError(f'{index}: needs "weight_map": {{tensor name: file name}}; fetch it again') from None
     if outside:
         raise UserError(f"{index}: names {outside[0]}, a file outside its folder")
-    held = {}
-    for name in shards:
-        if not (index.parent / name).is_file():
-            raise UserError(f"{index}: names {name}, which is missing; fetch it again")
-        held[name] = set(_tensor_names(index.parent / name))
+    if missing:
+        raise UserError(f"{index}: names {missing[0]}, which is missing; fetch it again")
+    held = {name: set(_tensor_names(index.parent / name)) for name in shards}
     for tensor, name in weights.items():
         if tensor not in held[name]:
             raise UserError(f"{index}: says that {name} holds {tensor}, which it does not; fetch both again")
     return weights
+
+
+def _lies_inside(folder: Path, name: str) -> bool:
+    """Whether the file `name` lies in `folder` itself, links followed; those of the hub's cache, whose files lie in `blobs` beside its snapshots,
+    stay in it as well."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return False
+    folder = folder.resolve()
+    blobs = [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []
+    return any((folder / name).resolve().is_relative_to(place) for place in (folder, *blobs))
 
 
 def _tensor_names(file: Path) -> list[str]:

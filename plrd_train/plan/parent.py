@@ -24,7 +24,9 @@ def parent_config(parent: Parent) -> PreTrainedConfig:
         folder = _fetched(parent.path, parent.revision or "main")
     if not (folder / "config.json").is_file():
         raise UserError(f"parent {parent.path}: has no config.json; give the folder of a Hugging Face model, or of its config.json alone")
-    return parents.load_config(parents.Parent(parent.path, None, str(folder), weights={}))
+    config = parents.load_config(parents.Parent(parent.path, None, str(folder), weights={}))
+    parents.check_architecture(config, folder)
+    return config
 
 
 def _fetched(path: str, revision: str) -> Path:
