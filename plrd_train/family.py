@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ class Family:
             return family
         try:
             content = json.loads(path.read_text())
-            family.parent, family.members = dict(content["parent"]), list(content["members"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            _check(content, folder)
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a family.json ({type(error).__name__}: {error}); restore it, or use another run_dir") from None
+        family.parent, family.members = content["parent"], content["members"]
         return family
 
     def has(self, name: str) -> bool:
@@ -49,3 +51,55 @@ class Family:
 
     def write(self) -> None:
         write_atomically(self.folder / "family.json", json.dumps({"parent": self.parent, "members": self.members}, indent=2, allow_nan=False) + "\n")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_ratio(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 0
+
+
+def _is_evaluation(value: Any) -> bool:
+    """{"ppl": …}, null where it was not finite; or nothing measured."""
+    ppl = value.get("ppl") if isinstance(value, dict) else 0
+    return value is None or ppl is None or (type(ppl) in (int, float) and ppl > 0)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & {"/", "\\", "\0"}
+
+
+def _is_ranks(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
+
+
+# Of the keys that are read. What a key holds, and a word for it.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("params", "linear_params", "tokens_stage", "tokens_total", "tokens_lineage"), (_is_count, "a number of at least 0")),
+    **dict.fromkeys(("ratio", "ratio_requested"), (_is_ratio, "a number")),
+    **dict.fromkeys(("eval", "eval_factored"), (_is_evaluation, 'of the form {"ppl": a positive number}')),
+    "ranks": (_is_ranks, "of the form {name: rank}"),
+    "path": (lambda value: isinstance(value, str) and "\0" not in value, "a path"),
+    "revision": (lambda value: value is None or isinstance(value, str), "a commit"),
+}
+
+
+def _check(content: Any, folder: Path) -> None:
+    """Raise ValueError where `content` is not that of the family.json in `folder`, or names a member that does not lie there."""
+    if not isinstance(content, dict) or not isinstance(content.get("parent"), dict) or not isinstance(content.get("members"), list):
+        raise ValueError('it needs "parent": {…} and "members": […]')
+    entries = {"parent": content["parent"], **{f"members[{i}]": member for i, member in enumerate(content["members"])}}
+    for place, entry in entries.items():
+        if not isinstance(entry, dict) or "path" not in entry:
+            raise ValueError(f'{place} has no "path"')
+        for key, (holds, what) in _KINDS.items():
+            if key in entry and not holds(entry[key]):
+                raise ValueError(f"{place}: its {key} is not {what}")
+    names = [member.get("name") for member in content["members"]]
+    for i, (name, member) in enumerate(zip(names, content["members"], strict=True)):
+        if not _is_name(name) or name in names[:i]:
+            raise ValueError(f"members[{i}]: its name, {name!r}, is no name of a folder, or another member has it")
+        if folder.resolve() not in (folder / member["path"]).resolve().parents:
+            raise ValueError(f"members[{i}]: its path, {member['path']}, is not inside this folder")
