@@ -234,7 +234,7 @@ def _choose(group: str, value: Any) -> Chosen:
 def _validate(kind: Any, value: Any, key: str) -> Any:
     try:
         # Strict JSON: a list may be a tuple and an int a float, but "3" is no number and 1 no truth value.
-        return TypeAdapter(kind).validate_json(json.dumps(value))
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
