@@ -1,15 +1,17 @@
 """From Hydra overrides to resolved mappings: the only place, with sweep, __main__ and cli, that knows Hydra."""
 
+import io
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -18,6 +20,10 @@ from plrd_train.errors import UserError
 _PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel.
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+
+
+class _NoOverridesError(UserError):
+    """Hydra's argument parser has said on standard error what is wrong."""
 
 
 def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -36,7 +42,14 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
     first = next((i for i, argument in enumerate(arguments) if "=" in argument and argument[0] != "-"), len(arguments))
     with tempfile.TemporaryDirectory() as folder:  # for what Hydra records of a sweep
-        call_hydra([*arguments[:first], f"hydra.sweep.dir='{folder}'", *arguments[first:]], resolve)
+        printed = io.StringIO()
+        try:
+            with redirect_stderr(printed):
+                call_hydra([*arguments[:first], f"hydra.sweep.dir='{folder}'", *arguments[first:]], resolve)
+        except _NoOverridesError:
+            wrong = printed.getvalue().strip().rpartition("error: ")[2]
+            raise UserError(f"the arguments are no overrides of Hydra: {' '.join(wrong.split())}") from None
+        sys.stderr.write(printed.getvalue())
     with _in_one_line():
         for failure in failures:
             raise failure
@@ -48,6 +61,7 @@ def call_hydra(arguments: Sequence[str], task: Callable[[DictConfig], None]) -> 
 
     Raises UserError as `compose` does, and what `task` raises.
     """
+    _check_groups(arguments)
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     ordered = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra takes no flag between two overrides
     sys.argv = [sys.argv[0], *(_permissive(argument) for argument in ordered if not argument.startswith("--local_rank"))]
@@ -73,10 +87,20 @@ def _in_one_line() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises the latter for a group that is no name
         message = str(error).partition("Config search path")[0]
         lines = [line.strip() for line in message.splitlines() if line.strip() and "object_type" not in line]
-        raise UserError("; ".join(lines).replace(":; ", ": ").rstrip("; ")) from None
+        place = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
+        raise UserError(place + "; ".join(lines).replace(":; ", ": ").rstrip("; ")) from None
     except SystemExit as end:  # Hydra's argument parser: it has printed help, or what is wrong
         if end.code:
-            raise UserError("the arguments are no Hydra overrides; see the line above") from None
+            raise _NoOverridesError("the arguments are no overrides of Hydra") from None
+
+
+def _check_groups(arguments: Sequence[str]) -> None:
+    """Hydra stumbles over a group that is given a value instead of a name."""
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and (CONF / key).is_dir() and key and re.fullmatch(r"[\d.]*|[\[{].*|null", value) and argument != "experiment=null":
+            names = ", ".join(sorted(path.stem for path in (CONF / key).glob("*.yaml")))
+            raise UserError(f"{argument}: a group override must be a string, the name of one of its files: {names}")
 
 
 def _permissive(argument: str) -> str:

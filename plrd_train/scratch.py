@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from plrd_train.config import Config, Scratch
 from plrd_train.data.corpus import Corpus
@@ -14,7 +14,7 @@ from plrd_train.data.loader import merge_positions
 from plrd_train.engine import Engine
 from plrd_train.errors import UserError
 from plrd_train.hub.members import publish
-from plrd_train.hub.models import HubArchitecture, build_model, check_attention
+from plrd_train.hub.models import HubArchitecture, build_model, check_attention, described
 from plrd_train.hub.parents import Parent
 from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.guard import Guard, Judged
@@ -140,7 +140,4 @@ def _tokenizer(scratch: Scratch, config: Config, folder: Path) -> PreTrainedToke
 
 def _architecture(scratch: Scratch, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     values = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **scratch.architecture, "vocab_size": len(tokenizer)}
-    try:
-        return AutoConfig.for_model(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"parent.scratch.architecture: not a config that transformers knows ({str(error).splitlines()[0]})") from None
+    return described(values)

@@ -3,11 +3,11 @@
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import with_ranks
@@ -22,6 +22,17 @@ def build_model(config: PreTrainedConfig, ranks: Mapping[str, int] | None = None
     """
     config = copy.deepcopy(config) if ranks is None else with_ranks(config, ranks)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False)
+
+
+def described(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of `parent.scratch.architecture`, which with its vocabulary is `values`. Raises UserError where no model can be made of it."""
+    try:
+        config = AutoConfig.for_model(**values)
+        with torch.device("meta"):
+            build_model(config)
+    except Exception as error:  # transformers has no common class for what a wrong config raises
+        raise UserError(f"parent.scratch.architecture: no model can be made of it ({' '.join(str(error).split())})") from None
+    return config
 
 
 def check_attention(config: PreTrainedConfig, attention: str | None) -> None:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import logging
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from plrd_train.config import Parent
 from plrd_train.errors import UserError
 from plrd_train.hub import parents
+from plrd_train.hub.models import described
 
 
 def parent_config(parent: Parent) -> PreTrainedConfig:
@@ -16,10 +17,7 @@ def parent_config(parent: Parent) -> PreTrainedConfig:
     `vocab_size` as its vocabulary. Raises UserError."""
     folder = Path(parent.path).expanduser().absolute()
     if parent.scratch is not None and not folder.exists():
-        try:
-            return AutoConfig.for_model(**{**parent.scratch.architecture, "vocab_size": parent.scratch.vocab_size})
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"parent.scratch.architecture: not a config that transformers knows ({str(error).splitlines()[0]})") from None
+        return described({**parent.scratch.architecture, "vocab_size": parent.scratch.vocab_size})
     if not folder.is_dir():
         folder = _fetched(parent.path, parent.revision or "main")
     if not (folder / "config.json").is_file():
