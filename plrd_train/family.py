@@ -67,10 +67,6 @@ def _is_evaluation(value: Any) -> bool:
     return value is None or ppl is None or (type(ppl) in (int, float) and ppl > 0)
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & {"/", "\\", "\0"}
-
-
 def _is_ranks(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_count, value.values()))
 
@@ -99,7 +95,7 @@ def _check(content: Any, folder: Path) -> None:
                 raise ValueError(f"{place}: its {key} is not {what}")
     names = [member.get("name") for member in content["members"]]
     for i, (name, member) in enumerate(zip(names, content["members"], strict=True)):
-        if not _is_name(name) or name in names[:i]:
-            raise ValueError(f"members[{i}]: its name, {name!r}, is no name of a folder, or another member has it")
+        if not isinstance(name, str) or name in names[:i]:
+            raise ValueError(f"members[{i}]: its name, {name!r}, is no name, or another member has it")
         if folder.resolve() not in (folder / member["path"]).resolve().parents:
             raise ValueError(f"members[{i}]: its path, {member['path']}, is not inside this folder")

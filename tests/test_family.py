@@ -12,7 +12,7 @@ def test_what_is_written_is_read_back(tmp_path):
     family = Family.read(tmp_path, must_exist=False)
     assert (family.parent, family.members, family.has("2x")) == ({}, [], False)
     family.parent = {"path": "p", "params": 10, "eval": {"ppl": 3.5}}
-    family.members.append({"name": "2x", "ranks": {"a.b": 3}, "eval": {"ppl": 4.0}})
+    family.members.append({"name": "2x", "path": "members/2x", "ranks": {"a.b": 3}, "eval": {"ppl": 4.0}})
     family.write()
     again = Family.read(tmp_path)
     assert (again.parent, again.members) == (family.parent, family.members)

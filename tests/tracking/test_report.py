@@ -34,7 +34,9 @@ def member(ratio: float, factored: float = 8.0, recovered: float = 1.2, **more) 
 
 
 def write_family(run_dir, members) -> None:
-    (run_dir / "family.json").write_text(json.dumps({"parent": PARENT, "members": members}))
+    (run_dir / "family.json").write_text(
+        json.dumps({"parent": PARENT, "members": [{"path": f"members/{i}", **member} for i, member in enumerate(members)]})
+    )
 
 
 def write_metrics(run_dir, stages=RATIOS, steps=20) -> None:
