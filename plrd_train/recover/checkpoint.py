@@ -48,6 +48,8 @@ class Checkpoints:
         A damaged one is named in a line of warning and passed over. Raises SharedError where all are damaged.
         """
         world = self._engine.world
+        if world.on_main(lambda: self._folder.exists() and not self._folder.is_dir()):
+            raise SharedError(f"{self._folder}: not a folder; move it away")
         folders = world.on_main(self._all)
         for folder in folders:
             wrong = saved.damage(folder, world)
@@ -64,25 +66,33 @@ class Checkpoints:
         path = folder / "progress.json"
         try:
             progress = Progress.from_json(path.read_text())
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a checkpoint of this version ({error}); use another run_dir") from None
+        if self._of(progress) != folder:
+            raise UserError(f"{path}: of another checkpoint than its folder says; use another run_dir")
         self._tidy(folder)  # a run may have been stopped just before it did
         return progress
 
     def load(self, progress: Progress, architecture: Architecture, member: bool = False) -> None:
         """Put the trunk at the end of a stage into the engine, or the member of that stage. A collective."""
-        self._engine.build(architecture)
+        self._build(progress, architecture)
         self._engine.restore(self._shards(progress, "member" if member and progress.branched else "model"))
 
     def load_stage(self, progress: Progress, architecture: Architecture, optimizer: AdamW) -> dict[str, Tensor] | None:
         """Put the stage that is under way into the engine, with its optimizer. Returns the trunk if what trains is a branch. A collective."""
         assert progress.under_way is not None
-        self._engine.build(architecture)
+        self._build(progress, architecture)
         self._engine.restore(self._shards(progress, "model"))
         under_way = progress.under_way
         made = under_way.steps - under_way.judged.skipped
         self._engine.start(optimizer, made, {moment: self._shards(progress, moment) for moment in MOMENTS})
         return self._shards(progress, "trunk") if under_way.in_branch else None
+
+    def _build(self, progress: Progress, architecture: Architecture) -> None:
+        try:
+            self._engine.build(architecture)
+        except ValueError as error:  # on every rank alike
+            raise SharedError(f"{self._of(progress) / 'progress.json'}: not of this parent ({error}); use another run_dir") from None
 
     def _shards(self, progress: Progress, part: str) -> dict[str, Tensor]:
         """This rank's shards of a part of the checkpoint, in the structure of the model in the engine. A collective."""

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import pydantic
+
 from plrd_train.recover.guard import Judged
 
 
@@ -58,9 +60,24 @@ class Progress:
 
     @classmethod
     def from_json(cls, text: str) -> "Progress":
-        """Raises ValueError, KeyError or TypeError where `text` is not what `to_json` makes."""
+        """Raises ValueError, KeyError, TypeError or RecursionError where `text` is not what `to_json` makes."""
         source = json.loads(text)
         under_way = None
         if source["under_way"] is not None:
             under_way = UnderWay(**{**source["under_way"], "judged": Judged(**source["under_way"]["judged"])})
-        return cls(**{**source, "counters": Counters(**source["counters"]), "under_way": under_way})
+        progress = cls(**{**source, "counters": Counters(**source["counters"]), "under_way": under_way})
+        try:
+            pydantic.TypeAdapter(cls).validate_json(text, strict=True)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        for entry in (progress.entry, under_way and under_way.entry):
+            if entry and not isinstance(entry.get("name"), str):
+                raise ValueError("an entry has no name")
+        if progress.position is not None:
+            cursors = progress.position["cursors"]
+            if cursors.keys() != {str(stream) for stream in range(progress.position["streams"])}:
+                raise ValueError("position: a stream has no cursor")
+            if not all(len(cursor) == 4 and all(type(place) is int for place in cursor) for cursor in cursors.values()):
+                raise ValueError("position: a cursor is not of four numbers")
+        return progress

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from plrd_train.errors import UserError
@@ -27,8 +28,20 @@ def write(state: Mapping[str, Tensor], folder: Path, world: World) -> None:
 
 
 def read(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill the DTensors `state`, of any mesh and maybe a part of what is there, in place from what `write` left in `folder`. A collective."""
-    dcp.load(dict(state), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    """Fill the DTensors `state`, of any mesh and maybe a part of what is there, in place from what `write` left in `folder`. A collective. Raises
+    SharedError where that holds other tensors, or no safetensors."""
+    for file in sorted(folder.glob("*.safetensors")):  # of which torch would log a traceback
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise SharedError(f"{file}: not safetensors ({error}); use another run_dir") from None
+    try:
+        dcp.load(dict(state), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    except (dcp.CheckpointException, AssertionError) as error:  # on every rank alike; the latter where no file could be opened
+        first = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        said = str(first).strip().splitlines()
+        raise SharedError(f"{folder}: not a checkpoint of this run ({said[0] if said else type(first).__name__}); use another run_dir") from None
 
 
 def checksums(folder: Path, world: World) -> dict[str, str]:
