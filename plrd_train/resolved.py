@@ -34,9 +34,9 @@ def read(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({error.__class__.__name__}); restore it, or choose another run_dir") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(content.get(group, {}), dict) for group in ("parent", "data")):
         raise UserError(f"{path}: not a config; restore it, or choose another run_dir")
     return content
 

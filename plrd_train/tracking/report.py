@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from plrd_train import resolved
 from plrd_train.family import Family
 from plrd_train.tracking.plots import family_figure, losses_figure
 from plrd_train.tracking.rows import Row, read_rows
@@ -101,8 +101,8 @@ def write_report(run_dir: Path) -> Path:
     """
     family = Family.read(run_dir)
     rows, events = read_rows(run_dir / "metrics.jsonl"), read_rows(run_dir / "events.jsonl")
-    config = run_dir / "config.yaml"
-    settings = config.read_text(encoding="utf-8") if config.is_file() else ""
+    config = resolved.read(run_dir) or {}
+    settings = (run_dir / "config.yaml").read_text(encoding="utf-8") if config else ""
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
 
@@ -125,7 +125,7 @@ def write_report(run_dir: Path) -> Path:
             table=family_rows(family.parent, family.members),
             facts=_facts(family.members, rows),
             signs=[sign.words for sign in signs(family.parent, family.members, rows)],
-            context=_context(settings),
+            context=(config.get("evaluation") or {}).get("context", 256),  # the contract's, where no config says another
             settings=settings,
         )
     )
@@ -162,12 +162,6 @@ def _facts(members: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[tuple
     if memory := values("perf/memory_gib"):
         facts.append(("memory, peak", f"{max(memory):.1f} GiB"))
     return facts
-
-
-def _context(settings: str) -> int:
-    """`evaluation.context` of the run, the contract's 256 where config.yaml does not say."""
-    evaluation = (yaml.safe_load(settings) or {}).get("evaluation") or {}
-    return evaluation.get("context", 256)
 
 
 def _png(figure: Figure) -> bytes:
