@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plrd_train.config import Config
+from plrd_train.errors import UserError
 from plrd_train.tracking import console
 from plrd_train.tracking.rows import Row, append_row, read_rows, replace_rows
 from plrd_train.world import World
@@ -43,7 +44,7 @@ class Tracker:
         self._budget_tokens = budget_tokens
         self._wandb = None if wandb_mode == "disabled" else _WandbRun(run_dir, wandb_mode, wandb_project, wandb_name, config)
         run_dir.mkdir(parents=True, exist_ok=True)
-        rows = read_rows(self._metrics)
+        rows = _rows_of_steps(self._metrics)
         self.rewind(rows[-1]["step"] + 1 if rows else 0)
 
     def rewind(self, step: int) -> None:
@@ -51,7 +52,7 @@ class Tracker:
 
         Events of the step before are kept until this run repeats them: nothing says whether the checkpoint was written before or after them.
         """
-        kept = {path: [row for row in read_rows(path) if row["step"] < step] for path in (self._metrics, self._events)}
+        kept = {path: [row for row in _rows_of_steps(path) if row["step"] < step] for path in (self._metrics, self._events)}
         for path, rows in kept.items():
             if path.is_file():
                 replace_rows(path, rows)
@@ -132,6 +133,17 @@ def open_tracker(config: Config, world: World, run_dir: Path, budget_tokens: int
         config=dataclasses.asdict(config),
         budget_tokens=budget_tokens,
     )
+
+
+def _rows_of_steps(path: Path) -> list[Row]:
+    """The rows of `path`. Raises UserError where one is not what a Tracker writes."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a file; move it away, or choose another run_dir")
+    rows = read_rows(path)
+    for row in rows:
+        if type(row.get("step")) is not int or not isinstance(row.get("tokens/total", 0 if path.name == "events.jsonl" else None), (int, float)):
+            raise UserError(f"{path}: a row is no record of a step ({str(row)[:100]}); remove it, or choose another run_dir")
+    return rows
 
 
 def _identity(event: Row) -> tuple:
