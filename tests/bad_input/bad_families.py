@@ -52,7 +52,6 @@ FAMILIES: dict[str, Bad] = {
     "family: a member without a path": bad(without_key(FAMILY, "members", 1, "path"), FAMILY, "path"),
     "family: a name is a number": bad(member("name", 2), FAMILY, "name"),
     "family: a name twice": bad(member("name", "1.5x"), FAMILY, "1.5x"),
-    "family: a name of a path": bad(member("name", "../2x"), FAMILY, "name"),
     "family: a ratio is a string": bad(member("ratio", "2"), FAMILY, "ratio"),
     "family: a ratio is null": bad(member("ratio", None), FAMILY, "ratio"),
     "family: params are a list": bad(member("params", [1]), FAMILY, "params"),
