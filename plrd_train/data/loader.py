@@ -151,14 +151,18 @@ class Loader:
         """Go to a position joined by `merge_positions`, saved on any number of ranks.
 
         Opens nothing; the next `next` opens the units at the cursors, and none before them is read again. Raises UserError where the position was
-        saved with another corpus, tokenizer, seed or number of streams.
+        saved with another corpus, tokenizer, seed or number of streams, and where it has no cursor for one of this rank's streams.
         """
         for name, key in (("corpus", "data.train"), ("tokenizer", "parent.path"), ("seed", "seed"), ("streams", "data.streams")):
-            if position[name] != self._identity[name]:
+            if position.get(name) != self._identity[name]:
                 raise UserError(
-                    f"{key}: the run was begun with {name} {position[name]}, not {self._identity[name]}; put it back, or use another run_dir"
+                    f"{key}: the run was begun with {name} {position.get(name)}, not {self._identity[name]}; put it back, or use another run_dir"
                 )
-        self._start(position["sequence"], {stream: Cursor(*position["cursors"][str(stream)]) for stream in self._cursors})
+        cursors, sequence = position.get("cursors"), position.get("sequence")
+        own = [cursors.get(str(stream)) if isinstance(cursors, dict) else None for stream in self._cursors]
+        if type(sequence) is not int or not all(isinstance(cursor, list) and len(cursor) == 4 and set(map(type, cursor)) == {int} for cursor in own):
+            raise UserError("progress.json of the checkpoint: its data position lacks the cursor of a stream; use another run_dir")
+        self._start(sequence, {stream: Cursor(*cursor) for stream, cursor in zip(self._cursors, own, strict=True)})
 
     @property
     def epoch(self) -> int:

@@ -74,10 +74,4 @@ class Progress:
         for entry in (progress.entry, under_way and under_way.entry):
             if entry and not isinstance(entry.get("name"), str):
                 raise ValueError("an entry has no name")
-        if progress.position is not None:
-            cursors = progress.position["cursors"]
-            if cursors.keys() != {str(stream) for stream in range(progress.position["streams"])}:
-                raise ValueError("position: a stream has no cursor")
-            if not all(len(cursor) == 4 and all(type(place) is int for place in cursor) for cursor in cursors.values()):
-                raise ValueError("position: a cursor is not of four numbers")
         return progress

@@ -1,30 +1,8 @@
 """Arguments that describe no run: overrides of Hydra beside a sound experiment, and what the line must name."""
 
 TINY = ("experiment=tinystories", "parent.path=nowhere", "data.train=nowhere", "data.validation=nowhere")
-_PLAIN: dict[str, str] = {
-    # Unknown keys, or keys of another shape
-    "foo=1": "foo: unknown key",
-    "+foo=1": "foo: unknown key",
-    "recover.learning_rate=1": "recover.learning_rate: unknown key",
-    "recover.lrr=1": "did you mean lr?",
-    "data.train.path=x": "data.train",
-    "engine.nothing=1": "engine.nothing: unknown key",
-    "factorizer.alpha=1": "factorizer.alpha",
-    "objective.temperature=2": "objective.temperature",
-    "tracking.wandb.key=secret": "tracking.wandb.key",
-    "parent.scratch.tokens=5": "parent.scratch",
-    "recover=null": "recover",
-    "stages=[1.25]": "stages",
-    "data={}": "data",
-    "data=nowhere": "data",
-    "tracking=none": "tracking",
-    "~recover.lr": "recover.lr",
-    "~data.train": "data.train: this key is missing",
-    "~evaluation": "evaluation",
-    "~ranks": "ranks",
-    "~nothing": "nothing",
-    "~engine": "engine",
-    # Wrong types
+# Wrong types and impossible values of keys that there are
+VALUES: dict[str, str] = {
     "seed=one": "seed",
     "seed=1.5": "seed",
     "seed=true": "seed",
@@ -60,7 +38,6 @@ _PLAIN: dict[str, str] = {
     "engine.dtype=fp64": "engine",
     "engine.dtype=null": "engine",
     "engine.compile=perhaps": "engine.compile",
-    # Values that cannot be
     "seed=-1": "seed",
     "data.seq_len=1": "data.seq_len",
     "data.seq_len=0": "data.seq_len",
@@ -110,6 +87,31 @@ _PLAIN: dict[str, str] = {
     "tracking.wandb.mode=on": "tracking.wandb.mode",
     "parent.attention=flash": "parent.attention",
     "parent.attention=flash_attention_2": "parent.attention",
+}
+# What Hydra has to refuse, or the schema by its keys
+_PLAIN: dict[str, str] = {
+    # Unknown keys, or keys of another shape
+    "foo=1": "foo: unknown key",
+    "+foo=1": "foo: unknown key",
+    "recover.learning_rate=1": "recover.learning_rate: unknown key",
+    "recover.lrr=1": "did you mean lr?",
+    "data.train.path=x": "data.train",
+    "engine.nothing=1": "engine.nothing: unknown key",
+    "factorizer.alpha=1": "factorizer.alpha",
+    "objective.temperature=2": "objective.temperature",
+    "tracking.wandb.key=secret": "tracking.wandb.key",
+    "parent.scratch.tokens=5": "parent.scratch",
+    "recover=null": "recover",
+    "stages=[1.25]": "stages",
+    "data={}": "data",
+    "data=nowhere": "data",
+    "tracking=none": "tracking",
+    "~recover.lr": "recover.lr",
+    "~data.train": "data.train: this key is missing",
+    "~evaluation": "evaluation",
+    "~ranks": "ranks",
+    "~nothing": "nothing",
+    "~engine": "engine",
     # Groups and interpolations
     "experiment=quickstat": "quickstat",
     "experiment=../../etc/passwd": "passwd",
@@ -145,8 +147,8 @@ _PLAIN: dict[str, str] = {
     "seed=\n": "seed",
     "é=1": "é",
 }
-CASES = {override: ((*TINY, override), named) for override, named in _PLAIN.items()} | {
-    "no experiment": ((), "parent.path"),
+CASES = {override: ((*TINY, override), named) for override, named in (_PLAIN | VALUES).items()} | {
+    "no experiment": (("seed=1",), "parent.path"),
     "no parent": (("experiment=tinystories",), "this key has no value yet"),
     "calibration of less than a sequence": ((*TINY, "factorizer=whitened", "factorizer.calibration_tokens=3"), "factorizer.calibration_tokens"),
     "alpha of a matrix": ((*TINY, "factorizer=asvd", "factorizer.alpha=[1]"), "factorizer"),
