@@ -87,7 +87,7 @@ def _in_one_line() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises the latter for a group that is no name
         message = str(error).partition("Config search path")[0]
         lines = [line.strip() for line in message.splitlines() if line.strip() and "object_type" not in line]
-        place = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
+        place = f"{' '.join(str(error.override).split())}: " if isinstance(error, OverrideParseException) else ""
         raise UserError(place + "; ".join(lines).replace(":; ", ": ").rstrip("; ")) from None
     except SystemExit as end:  # Hydra's argument parser: it has printed help, or what is wrong
         if end.code:
@@ -98,7 +98,9 @@ def _check_groups(arguments: Sequence[str]) -> None:
     """Hydra stumbles over a group that is given a value instead of a name."""
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and (CONF / key).is_dir() and key and re.fullmatch(r"[\d.]*|[\[{].*|null", value) and argument != "experiment=null":
+        if equals and not key:
+            raise UserError(f"{argument}: names no key; give KEY=VALUE")
+        if equals and (CONF / key).is_dir() and re.fullmatch(r"[\d.]*|[\[{].*|null", value) and argument != "experiment=null":
             names = ", ".join(sorted(path.stem for path in (CONF / key).glob("*.yaml")))
             raise UserError(f"{argument}: a group override must be a string, the name of one of its files: {names}")
 

@@ -159,7 +159,7 @@ class Loader:
                     f"{key}: the run was begun with {name} {position.get(name)}, not {self._identity[name]}; put it back, or use another run_dir"
                 )
         cursors, sequence = position.get("cursors"), position.get("sequence")
-        own = [cursors.get(str(stream)) if isinstance(cursors, dict) else None for stream in self._cursors]
+        own: list[Any] = [cursors.get(str(stream)) if isinstance(cursors, dict) else None for stream in self._cursors]
         if type(sequence) is not int or not all(isinstance(cursor, list) and len(cursor) == 4 and set(map(type, cursor)) == {int} for cursor in own):
             raise UserError("progress.json of the checkpoint: its data position lacks the cursor of a stream; use another run_dir")
         self._start(sequence, {stream: Cursor(*cursor) for stream, cursor in zip(self._cursors, own, strict=True)})
