@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 run: $(VENV)/.ready
 	launch/local.sh experiment=quickstart $(ARGS)
 
+# In two processes: tests of several ranks wait for one another a third of their time.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 # Slurm, two hosts and the image: as root on Debian it installs the packages that it needs; elsewhere it skips, with the reason.
 test-cluster: $(VENV)/.ready
