@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from plrd_train.lowrank.distributed import DecompositionError, Shards, owners
 from plrd_train.lowrank.factorizers import Statistic
+from plrd_train.lowrank.factors import mirrored
 from plrd_train.lowrank.ranks import Shape
 
 WINDOW_BYTES = 8 * 2**30
@@ -189,8 +190,8 @@ class Sum:
         total = added_up(engine, self.total, owners)
         if total is None:
             return None
-        # A product of matrices is symmetric but for rounding.
-        return total / count if total.ndim == 1 else (total + total.T) / (2 * count)
+        # In place, as a copy would be what a rank holds most of. A product of matrices is symmetric but for rounding.
+        return mirrored(total.div_(count)) if total.ndim == 2 else total.div_(count)
 
 
 def added_up(engine: Shards, total: Tensor, owners: Collection[int]) -> Tensor | None:

@@ -5,6 +5,9 @@ W ≈ U B^+ L W with U = W R V and B = L U, which is the same without an inverse
 projections: so their error is that of the subspace alone, and they are exact at full rank, whatever the accuracy of the eigenvalues. A bound on what
 the subspace may have lost is checked at each rank; where it does not hold, the Gram matrix is formed in float64, and at last L W R itself is
 decomposed.
+
+A metric L that is given as a moment L^T L serves the Gram matrix and the errors as it is, where there is no R. Its root is formed to decompose L W,
+and where the Gram matrix shows that the moment is indefinite.
 """
 
 import copy
@@ -16,13 +19,16 @@ from plrd_train.lowrank.factors import (
     ROWS,
     Factors,
     Metric,
+    Moment,
     check_rank,
     floored,
     gram,
     keeps,
+    rooted,
     rounding,
     scaled,
     scaled_metric,
+    scaled_moment,
     seen_by,
     symmetric,
     tail,
@@ -37,15 +43,21 @@ _KNOWN = 0.1
 class Dense:
     """`plrd_train.lowrank.spectral.Spectral` of a dense weight (m, n)."""
 
-    def __init__(self, weight: Tensor, left: Metric | None, right: Metric | None):
+    def __init__(self, weight: Tensor, left: Metric | Moment | None, right: Metric | Moment | None):
         self._weight, self._scale = scaled(weight, "weight")
-        (left, scale_left), (right, scale_right) = (scaled_metric(metric, self._weight.dtype) for metric in (left, right))
-        self._measure = self._scale * scale_left * scale_right
         self._wide = weight.shape[0] < weight.shape[1]
         if self._wide:  # from here on the right side is the smaller
             self._weight, left, right = self._weight.T, right, left
-        self._left, self._right = left, right
-        self._decompose(self._weight.dtype)
+        dtype = self._weight.dtype
+        self._left: Metric | None = None
+        self._moment: Moment | None = None  # in the place of the left metric
+        if isinstance(left, Moment) and right is None:
+            self._moment, scale_left = scaled_moment(left)
+        else:
+            self._left, scale_left = scaled_metric(rooted(left), dtype)
+        self._right, scale_right = scaled_metric(rooted(right), dtype)
+        self._measure = self._scale * scale_left * scale_right
+        self._decompose(dtype)
 
     @property
     def values(self) -> Tensor:
@@ -60,7 +72,7 @@ class Dense:
             self._decompose_exactly()
         basis = self._vectors[:, :rank].to(self._weight.dtype)
         error, metric_error = tail(self._squares, rank), None
-        if self._left is None and self._right is None:
+        if self._left is None and self._right is None and self._moment is None:
             up = self._onto(basis)
             root = floored(torch.linalg.vector_norm(up, dim=0)).sqrt()
             up, down = up.div_(root), (basis * root).T
@@ -78,6 +90,7 @@ class Dense:
         moved = copy.copy(self)
         moved._weight, moved._squares, moved._vectors = (tensor.to(device) for tensor in (self._weight, self._squares, self._vectors))
         moved._left, moved._right = (metric and metric.to(device) for metric in (self._left, self._right))
+        moved._moment = self._moment and self._moment.to(device)
         return moved
 
     def _onto(self, basis: Tensor) -> Tensor:
@@ -107,13 +120,22 @@ class Dense:
         return up @ (change @ balance[0]).to(up), (balance[1] @ change.T).to(down) @ down
 
     def _decompose(self, dtype: torch.dtype) -> None:
-        squares, vectors = torch.linalg.eigh(gram(self._measured(dtype), dtype))
-        self._squares, self._vectors = squares.flip(0), vectors.flip(1)
-        self._off = rounding(dtype) * squares.norm().item()
+        moment = self._moment
+        squares, vectors = torch.linalg.eigh(moment.gram(self._weight, dtype) if moment else gram(self._measured(dtype), dtype))
+        off = rounding(dtype) * max(squares.norm().item(), moment.terms(self._weight) if moment else 0.0)
+        if moment and squares[0].item() < -off:
+            self._take_root()
+            return self._decompose(dtype)
+        self._squares, self._vectors, self._off = squares.flip(0), vectors.flip(1), off
 
     def _decompose_exactly(self) -> None:
+        self._take_root()
         _, singular, vh = torch.linalg.svd(self._measured(torch.float64).double(), full_matrices=False)
         self._squares, self._vectors, self._off = singular.square(), vh.T, 0.0
+
+    def _take_root(self) -> None:
+        if self._moment is not None:
+            self._left, self._moment = Metric(self._moment.root().root.to(self._weight.dtype)), None
 
     def _measured(self, dtype: torch.dtype) -> Tensor:
         """L W R in `dtype`; W itself where there are no metrics."""
@@ -132,4 +154,5 @@ class Dense:
         """The same in the metrics."""
         rest = torch.addmm(self._weight, up.to(self._weight), down.to(self._weight), alpha=-1)
         whole = self._squares.clamp_min(0).sum().sqrt().item()
-        return seen_by(self._right, seen_by(self._left, rest).T).norm().item() / whole if whole > 0 else 0.0
+        lost = max(self._moment.cost(rest), 0.0) ** 0.5 if self._moment else seen_by(self._right, seen_by(self._left, rest).T).norm().item()
+        return lost / whole if whole > 0 else 0.0

@@ -1,6 +1,7 @@
 """A pair of factors, the metrics in which it is the best one, and the small algebra of Gram matrices that finding it takes."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ ABSOLUTE = 5e-6
 
 # Squares of float32 neither overflow nor vanish while the largest entry lies between these.
 _SAFE = (1e-8, 1e8)
-# Rows of a tall matrix that are copied at a time, to another dtype or to be compared.
+# Rows that are taken at a time: of a tall matrix to be copied to another dtype or compared, and of a moment.
 ROWS = 256
 # The lower triangle of a Gram matrix is computed in that many strips: in so many as this, at 9/16 of the multiplications of the whole.
 _STRIPS = 8
@@ -45,6 +46,73 @@ class Metric:
         return Metric(self.root.to(device))
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A metric by its square, a second moment: a column e of an error costs e^T (moment + floor I) e. `moment` is (n, n), float32 or float64, and
+    symmetric, of which the lower triangle counts; `floor` is what each direction costs at least.
+
+    A Gram matrix in this metric takes no root, which costs the cube of n and, in float64, several times the memory of the moment.
+    """
+
+    moment: Tensor = field(repr=False)
+    floor: float
+
+    def to(self, device: torch.device) -> "Moment":
+        return Moment(self.moment.to(device), self.floor)
+
+    def root(self) -> Metric:
+        """The same by its root, in float64, since an eigenvalue found in float32 is off by more than the floor.
+
+        That is Cholesky's factor where there is one, as it costs a twentieth; else, since rounding may have made a singular moment indefinite, that
+        of the eigendecomposition with clipped eigenvalues, which always exists.
+        """
+        moment = self.moment.to(torch.float64, copy=True)
+        moment.diagonal().add_(self.floor)
+        lower, failed = torch.linalg.cholesky_ex(moment)
+        if not failed:
+            return Metric(lower)
+        del lower  # the eigendecomposition works in twice its own size
+        values, vectors = torch.linalg.eigh(moment)
+        return Metric(vectors.mul_(values.clamp_min_(self.floor).sqrt_()))
+
+    def gram(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        """matrix^T @ (moment + floor I) @ matrix in `dtype`, of a `matrix` (n, k). It is off by `rounding(dtype)` of `terms(matrix)`."""
+        out = matrix.new_zeros(matrix.shape[1], matrix.shape[1], dtype=dtype)
+        for part, cost in self._parts(matrix, dtype):
+            out.addmm_(part.T, cost)
+        return (out + out.T).div_(2)
+
+    def cost(self, matrix: Tensor) -> float:
+        """The trace of that: what the columns cost in all. Added up in float64, as its terms cancel where `matrix` lies in what costs little."""
+        return math.fsum((part * cost).sum().item() for part, cost in self._parts(matrix, torch.float64))
+
+    def terms(self, matrix: Tensor) -> float:
+        """Twice the root of the sum of the squares of all terms moment[i, j] * matrix[i, k] * matrix[j, l] of all entries of `gram(matrix)`, of which
+        those below the diagonal are taken twice.
+
+        It tells what rounding costs where these terms cancel. It is twice the norm of the moment, scaled by the norms of the rows of `matrix`.
+        """
+        norms = torch.linalg.vector_norm(matrix, dim=1).double()
+        parts = zip(self.moment.split(ROWS // 4), norms.split(ROWS // 4), strict=True)
+        return 2 * math.fsum((rows * own[:, None]).mul_(norms).square_().sum().item() for rows, own in parts) ** 0.5
+
+    def _parts(self, matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows a of `matrix`, and rows b as many, strip by strip: the symmetric part of the sum of a^T b is the Gram matrix. What lies below the
+        diagonal counts twice in place of what lies above."""
+        for start in range(0, len(matrix), ROWS):
+            part, rows = matrix[start : start + ROWS].to(dtype), self.moment[start : start + ROWS]
+            own = symmetric(rows[:, start : start + ROWS].to(dtype))
+            own.diagonal().add_(self.floor)
+            cost = own @ part
+            for block, others in zip(rows[:, :start].split(ROWS, dim=1), matrix[:start].split(ROWS), strict=True):
+                cost.addmm_(block.to(dtype), others.to(dtype), alpha=2)
+            yield part, cost
+
+
+def rooted(metric: Metric | Moment | None) -> Metric | None:
+    return metric.root() if isinstance(metric, Moment) else metric
+
+
 def times_root(metric: Metric | None, matrix: Tensor) -> Tensor:
     """root @ matrix, in the dtype and on the device of `matrix`; None is the identity."""
     return matrix if metric is None else _times(metric.root, matrix)
@@ -65,14 +133,19 @@ def scaled(matrix: Tensor, name: str) -> tuple[Tensor, float]:
 
     Raises ValueError, with `name`, where it holds NaN or Inf.
     """
-    low, high = torch.aminmax(matrix)
-    largest = max(-low.item(), high.item())
-    if not math.isfinite(largest):  # NaN where there is one: aminmax hands it on
+    size = largest(matrix)
+    if not math.isfinite(size):
         raise ValueError(f"{name} holds NaN or Inf")
     matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-    if largest == 0.0 or _SAFE[0] < largest < _SAFE[1]:
+    if size == 0.0 or _SAFE[0] < size < _SAFE[1]:
         return matrix, 1.0
-    return matrix / largest, largest
+    return matrix / size, size
+
+
+def largest(matrix: Tensor) -> float:
+    """The largest magnitude of its entries; NaN where there is one."""
+    low, high = torch.aminmax(matrix)
+    return max(-low.item(), high.item())
 
 
 def scaled_metric(metric: Metric | None, dtype: torch.dtype) -> tuple[Metric | None, float]:
@@ -81,6 +154,12 @@ def scaled_metric(metric: Metric | None, dtype: torch.dtype) -> tuple[Metric | N
         return None, 1.0
     root, scale = scaled(metric.root, "a metric")
     return Metric(root.to(dtype)), scale
+
+
+def scaled_moment(metric: Moment) -> tuple[Moment, float]:
+    """Likewise of a moment; the factor is that of its root."""
+    moment, scale = scaled(metric.moment, "a metric")
+    return Moment(moment, metric.floor / scale), scale**0.5
 
 
 def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,6 +176,16 @@ def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def symmetric(lower: Tensor) -> Tensor:
     """The symmetric matrix of that lower triangle."""
     return lower.tril() + lower.tril(-1).T
+
+
+def mirrored(matrix: Tensor) -> Tensor:
+    """`matrix` (n, n) itself, made symmetric in place: its lower triangle is written over the upper."""
+    for start in range(0, len(matrix), ROWS):
+        end = start + ROWS
+        block = matrix[start:end, start:end]
+        block.copy_(symmetric(block))
+        matrix[start:end, end:] = matrix[end:, start:end].T
+    return matrix
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -19,10 +19,12 @@ from plrd_train.lowrank.factors import (
     RELATIVE,
     Factors,
     Metric,
+    Moment,
     check_rank,
     floored,
     gram,
     keeps,
+    rooted,
     rounding,
     scaled,
     scaled_metric,
@@ -35,11 +37,11 @@ from plrd_train.lowrank.factors import (
 class Product:
     """`plrd_train.lowrank.spectral.Spectral` of up (m, k) @ down (k, n)."""
 
-    def __init__(self, up: Tensor, down: Tensor, left: Metric | None, right: Metric | None):
+    def __init__(self, up: Tensor, down: Tensor, left: Metric | Moment | None, right: Metric | Moment | None):
         (self._up, scale_up), (self._down, scale_down) = scaled(up, "up"), scaled(down, "down")
         self._scale = scale_up * scale_down
         dtype = torch.promote_types(self._up.dtype, self._down.dtype)
-        (self._left, scale_left), (self._right, scale_right) = (scaled_metric(metric, dtype) for metric in (left, right))
+        (self._left, scale_left), (self._right, scale_right) = (scaled_metric(rooted(metric), dtype) for metric in (left, right))
         self._measure = self._scale * scale_left * scale_right
         self._core = self._decompose(dtype)
 

@@ -40,6 +40,7 @@ def decompose_in_order(
         for step in steps(engine, block, inside(block, ranks)):
             statistic = _statistic(engine, block, step, kind, shapes)
             made = factor(engine, block, step, shapes, ranks, partial(decomposed, factorizer, statistic=statistic))
+            del statistic  # before the next one comes, or the block runs
             for name in step.names:
                 left.remove(name)
                 yield shards(engine, block, name, made[name])

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from plrd_train.lowrank.dense import Dense
-from plrd_train.lowrank.factors import ABSOLUTE, RELATIVE, Factors, Metric
+from plrd_train.lowrank.factors import ABSOLUTE, RELATIVE, Factors, Metric, Moment
 from plrd_train.lowrank.product import Product
 from plrd_train.lowrank.ranks import Shape
 
-__all__ = ["ABSOLUTE", "RELATIVE", "Factors", "Metric", "Spectral", "of_dense", "of_product", "peak_bytes"]
+__all__ = ["ABSOLUTE", "RELATIVE", "Factors", "Metric", "Moment", "Spectral", "of_dense", "of_product", "peak_bytes"]
 
-# The form of a metric's root: a matrix, the diagonal of one, or none.
-Form = Literal["full", "diagonal", None]
+# How a metric is given: by a root, which is a matrix or the diagonal of one, or as a moment; or none.
+Form = Literal["full", "diagonal", "moment", None]
 
 
 class Spectral(Protocol):
@@ -42,7 +42,7 @@ class Spectral(Protocol):
         ...
 
 
-def of_dense(weight: Tensor, *, left: Metric | None = None, right: Metric | None = None) -> Spectral:
+def of_dense(weight: Tensor, *, left: Metric | Moment | None = None, right: Metric | Moment | None = None) -> Spectral:
     """Decompose a dense `weight` (m, n), of any floating dtype, on its device, in the metrics `left` (m) and `right` (n).
 
     Raises ValueError where one of them holds NaN or Inf.
@@ -50,30 +50,34 @@ def of_dense(weight: Tensor, *, left: Metric | None = None, right: Metric | None
     return Dense(weight, left, right)
 
 
-def of_product(up: Tensor, down: Tensor, *, left: Metric | None = None, right: Metric | None = None) -> Spectral:
+def of_product(up: Tensor, down: Tensor, *, left: Metric | Moment | None = None, right: Metric | Moment | None = None) -> Spectral:
     """Decompose the product `up` (m, k) @ `down` (k, n) without forming it; otherwise as `of_dense`."""
     return Product(up, down, left, right)
 
 
 def peak_bytes(shape: Shape, rank: int | None = None, *, left: Form = None, right: Form = None, dtype: torch.dtype = torch.float32) -> int:
     """The most that decomposing a Linear of that shape and cutting it at `rank` (None: the largest that makes it smaller) takes at once, in bytes:
-    factors included, float32 weights and metrics of other dtypes not. `left` and `right` are the forms of the metrics.
+    factors included, float32 weights and moments and metrics of other dtypes not. `left` and `right` are the forms of the metrics.
 
-    `dtype` is that of the Gram matrices: float32, or float64 where the check at that rank asks for it. It holds for LAPACK with its workspace.
+    `dtype` is that of the Gram matrices: float32, or float64 where the check at that rank asks for it. It holds for LAPACK with its workspace; also
+    where the root of a moment takes its eigendecomposition, but where no root is needed it counts none.
     """
     m, n = shape.out_features, shape.in_features
     small, metrics = min(m, n), sum(form is not None for form in (left, right))
-    roots = sum({None: 0, "diagonal": size, "full": size * size}[form] for form, size in ((left, m), (right, n)))
+    rootless = shape.rank is None and (left, right) == ((None, "moment") if m < n else ("moment", None))
+    sizes = {"full": 2, "diagonal": 1, "moment": 0 if rootless else 2, None: None}
+    roots = sum(size**power for form, size in ((left, m), (right, n)) if (power := sizes[form]))
+    rooting = 0 if rootless else max(8 * size**2 if form == "moment" else 0 for form, size in ((left, m), (right, n)))
     rank = rank or shape.rank or (m * n - 1) // (m + n)
     wide = dtype.itemsize // 4  # all is counted in float32
     if shape.rank is None:
         near = (left if m < n else right) is not None  # a metric on the side of the eigenvectors
         balance = (22 if near else 15) * rank**2 if metrics else small * rank
-        decompose = wide * max(4 * small**2, metrics * m * n + small**2)
+        decompose = wide * max(4 * small**2, 0 if rootless else metrics * m * n + small**2)
         cut = wide * small**2 + rank * (m + n) + balance
     else:
         k = shape.rank
         balance = 4 * k * rank + max(12 * k**2, 4 * k**2 + 17 * rank**2) if metrics else 2 * wide * k * rank + rank * (m + n)
         decompose = wide * 8 * k**2
         cut = wide * 3 * k**2 + balance
-    return 4 * (roots + max(decompose, cut))
+    return 4 * max(rooting, roots + max(decompose, cut))

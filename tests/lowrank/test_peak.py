@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from plrd_train.lowrank.factorizers.refined import Factorizer as Refined
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Metric, of_dense, of_product, peak_bytes
+from plrd_train.lowrank.spectral import Metric, Moment, of_dense, of_product, peak_bytes
 
 
 def measured(work: Callable[[], object]) -> int:
@@ -51,6 +52,31 @@ def test_product(shape, ratio, left, right):
     metrics = {"left": metric(left, m), "right": metric(right, n)}
     found = measured(lambda: of_product(up, down, **metrics).cut(rank))
     assert found == pytest.approx(peak_bytes(Shape(m, n, k), rank, left=left, right=right), rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [(1400, 500), (500, 1400), (800, 800), (600, 800)])
+@pytest.mark.parametrize("ratio", [1.25, 2.25])
+def test_dense_by_a_moment(shape, ratio):
+    """Where its root is needed, of a moment that is indefinite, of which an eigendecomposition gives the root."""
+    m, n = shape
+    rank = int(m * n / (m + n) / ratio)
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(1))
+    moment = x.T @ x / len(x) - (0.5 if m >= n else 0.0) * torch.eye(n)
+    found = measured(lambda: of_dense(weight, right=Moment(moment, 1e-8 * n)).cut(rank))
+    assert found == pytest.approx(peak_bytes(Shape(m, n), rank, right="moment"), rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [(1400, 500), (500, 1400), (800, 800)])
+def test_anchored(shape):
+    m, n = shape
+    method = Refined(calibration_tokens=1, epochs=0, batch_tokens=1, rate=0.0)
+    linear = torch.nn.Linear(n, m, bias=False).requires_grad_(False)
+    x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(1))
+    cross = x.T @ x / len(x)
+    moment = cross - (0.5 if m >= n else 0.0) * torch.eye(n)
+    found = measured(lambda: method._anchored(linear, moment, cross).cut((m * n - 1) // (m + n)))
+    assert 2 * 4 * n**2 + found == pytest.approx(method.peak_bytes(Shape(m, n)), rel=0.15)
 
 
 def test_where_float32_would_not_do():

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plrd_train.lowrank.spectral import ABSOLUTE, Factors, Metric, of_dense, of_product
+from plrd_train.lowrank.factors import rounding
+from plrd_train.lowrank.spectral import ABSOLUTE, Factors, Metric, Moment, of_dense, of_product
 
 
 def matrix(m: int, n: int, decay: float, seed: int = 0) -> torch.Tensor:
@@ -28,7 +30,7 @@ def check(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, rank: int,
     assert math.isclose(reported, error, rel_tol=1e-3, abs_tol=ABSOLUTE)
 
 
-def root(kind: str | None, n: int, decay: float, scale: float, seed: int) -> tuple[Metric | None, torch.Tensor]:
+def root(kind: str | None, n: int, decay: float, scale: float, seed: int) -> tuple[Metric | Moment | None, torch.Tensor]:
     """A metric of that kind, and its root as a float64 matrix. Its singular values are scale * exp(-decay * i / n), some 0 if it is `singular`."""
     if kind is None:
         return None, torch.eye(n, dtype=torch.float64)
@@ -39,7 +41,8 @@ def root(kind: str | None, n: int, decay: float, scale: float, seed: int) -> tup
     if kind.endswith("diagonal"):
         return Metric(values), values.diag()
     q, p = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for _ in range(2))
-    return Metric(q * values @ p.T), q * values @ p.T
+    exact = q * values @ p.T
+    return (Moment(exact @ exact.T, 0.0) if kind.endswith("moment") else Metric(exact)), exact
 
 
 def check_in_metrics(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, values: torch.Tensor, factors: Factors, rank: int) -> None:
@@ -62,7 +65,7 @@ def check_in_metrics(weight: torch.Tensor, left: torch.Tensor, right: torch.Tens
 
 
 METRIC = st.tuples(
-    st.sampled_from([None, "diagonal", "full", "singular diagonal", "singular full"]),
+    st.sampled_from([None, "diagonal", "full", "moment", "singular diagonal", "singular full", "singular moment"]),
     st.sampled_from([0, 2, 6, 12]),
     st.sampled_from([1, 1e-12, 1e9]),
 )
@@ -113,6 +116,40 @@ def test_float32_is_left_where_it_would_not_do(spectrum):
     for rank in (20, 130, 300):
         factors = spectral.cut(rank)
         check(weight, factors.up, factors.down, rank, factors.rel_error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [0.0, 8.0, 30.0])
+@pytest.mark.parametrize("seen", [1.0, 1e-2, 1e-5, 0.0])
+def test_a_gram_matrix_by_a_moment_is_off_by_its_bound_at_most(dtype, decay, seen):
+    """Also where the weight has only a share `seen` in what the moment is large in, so that the sums cancel; against 80-bit numbers."""
+    n, m = 600, 60
+    generator = torch.Generator().manual_seed(1)
+    q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    moment = (q * torch.exp(-decay * torch.arange(n) / n) @ q.T).to(dtype).tril()
+    moment += moment.tril(-1).T
+    weight, large = torch.randn(m, n, generator=generator, dtype=torch.float64), q[:, : n // 2]
+    weight = (weight - (1 - seen) * (weight @ large) @ large.T).to(dtype)
+    metric = Moment(moment, 1e-7)
+    whole, wide = (matrix.numpy().astype(numpy.longdouble) for matrix in (moment, weight))
+    exact = wide @ (whole + 1e-7 * numpy.eye(n, dtype=numpy.longdouble)) @ wide.T
+    off = numpy.linalg.norm((metric.gram(weight.T, dtype).numpy() - exact).astype(float))
+    assert off <= rounding(dtype) * max(numpy.linalg.norm(exact.astype(float)), metric.terms(weight.T))
+    assert abs(metric.cost(weight.T) - exact.trace()) <= rounding(torch.float64) * metric.terms(weight.T) * m**0.5
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+@pytest.mark.parametrize("below", [1e-2, 1e-4])
+def test_what_a_moment_costs_below_nothing_counts_as_its_floor(shape, below):
+    """Of an indefinite moment the metric is that of clipped eigenvalues, whether a root is needed or not."""
+    weight, n = matrix(*shape, 1.0).float(), shape[1]
+    q, _ = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    values = torch.exp(-3 * torch.arange(n, dtype=torch.float64) / n)
+    values[n // 3 :] = -below
+    clipped = q * values.clamp_min(1e-6).sqrt()
+    spectral = of_dense(weight, right=Moment((q * values @ q.T).float(), 1e-6))
+    for rank in (5, 25, 50):
+        check_in_metrics(weight.double(), torch.eye(shape[0], dtype=torch.float64), clipped, spectral.values, spectral.cut(rank), rank)
 
 
 def test_one_decomposition_serves_all_ranks():

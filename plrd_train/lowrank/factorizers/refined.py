@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from plrd_train.lowrank.calibration import added_up
 from plrd_train.lowrank.distributed import Decomposed, Shards
 from plrd_train.lowrank.factorizers import Statistic
+from plrd_train.lowrank.factors import mirrored
 from plrd_train.lowrank.linear import LowRankLinear
-from plrd_train.lowrank.metrics import FLOOR, whitened_peak_bytes, whitening
+from plrd_train.lowrank.metrics import FLOOR, whitening
 from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.sequential import Made, Step, counted, factor, given, inside, refuse, shards, steps
-from plrd_train.lowrank.spectral import Spectral, of_dense, of_product
+from plrd_train.lowrank.spectral import Spectral, of_dense, of_product, peak_bytes
 from plrd_train.lowrank.walk import Block
 
 # What counts as evidence that a channel is what it was, as a share of what the text gives of that channel. It lies well above the rounding of sums in
@@ -64,7 +65,9 @@ class Factorizer:
         return of_product(up, down, right=whitening(statistic))
 
     def peak_bytes(self, shape: Shape) -> int:
-        return whitened_peak_bytes(shape) + (4 + 3 * 8) * shape.in_features**2  # the cross moment, and three matrices while A is solved for
+        square, weight = shape.in_features**2, (shape.rank or shape.out_features) * shape.in_features
+        # Both moments, and four matrices while A is solved for; then A, the weight and W A; then W A decomposed.
+        return 2 * 4 * square + max(4 * 8 * square, 8 * (square + 2 * weight), 4 * weight + peak_bytes(shape, right="moment"))
 
     @torch.no_grad()
     def in_order(
@@ -89,11 +92,10 @@ class Factorizer:
 
     def _anchored(self, linear: nn.Module, moment: Tensor, cross: Tensor) -> Spectral:
         """A Linear W of a block as W A in the metric of its inputs now, of which E[x' x'^T] is the `moment` and E[x x'^T] the `cross` moment."""
-        anchor = anchoring(moment, cross)
         if isinstance(linear, LowRankLinear):
-            return self.product(linear.up.weight, (linear.down.weight.double() @ anchor).float(), moment)
+            return self.product(linear.up.weight, _anchored(linear.down.weight, moment, cross), moment)
         assert isinstance(linear, nn.Linear)
-        return self.dense((linear.weight.double() @ anchor).float(), moment)
+        return self.dense(_anchored(linear.weight, moment, cross), moment)
 
     def _refine(self, engine: Shards, before: Block, block: Block, linears: Sequence[str]) -> None:
         """Train the factors of the block's `linears`; where the outputs are no nearer to those of `before` after it, they are put back."""
@@ -137,6 +139,11 @@ def anchoring(moment: Tensor, cross: Tensor) -> Tensor:
     return torch.linalg.solve(moment, cross.T).T
 
 
+def _anchored(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
+    anchor = anchoring(moment, cross)
+    return (weight.double() @ anchor).float()
+
+
 def _moments(engine: Shards, before: Block, block: Block, step: Step, shapes: Mapping[str, Shape]) -> tuple[Tensor, Tensor]:
     """E[x' x'^T] and E[x x'^T], (in, in), of what the Linears of the step are given in `block` and `before`, on their owners; nothing elsewhere."""
     linear, size = step.linears[0], shapes[step.names[0]].in_features
@@ -150,7 +157,8 @@ def _moments(engine: Shards, before: Block, block: Block, step: Step, shapes: Ma
     total = added_up(engine, sums, step.owners(shapes, engine.world_size))
     if total is None:
         return sums.new_empty(0), sums.new_empty(0)
-    return (total[0] + total[0].T) / (2 * count), total[1] / count
+    total.div_(count)
+    return mirrored(total[0]), total[1]
 
 
 def _factors(block: Block, linears: Sequence[str]) -> list[nn.Parameter]:
