@@ -18,7 +18,6 @@ import plrd_train
 from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.lowrank.budget import last_blocks
-from plrd_train.lowrank.metrics import whitened_peak_bytes
 from plrd_train.lowrank.ranks import Shape
 
 assert plrd_train  # it registers the low-rank classes
@@ -248,7 +247,7 @@ sys.exit(status)
 
 
 @pytest.mark.slow  # ten minutes on two cores, and 8 GB of disk
-def test_rom_holds_a_layer_its_activations_and_one_moment_being_decomposed(tiny, tmp_path):
+def test_rom_holds_no_more_than_two_layers_and_their_activations(tiny, tmp_path):
     """Of 16 layers of 2048 / 5632, 3.3 GB, on 32 sequences of 128 tokens. What the files map is not counted: it is the cache of the file system."""
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=16, num_attention_heads=16, vocab_size=VOCABULARY, tie_word_embeddings=True
@@ -262,4 +261,4 @@ def test_rom_holds_a_layer_its_activations_and_one_moment_being_decomposed(tiny,
     assert done.returncode == 0, done.stderr
     layer, tokens = 4 * (4 * 2048**2 + 3 * 2048 * 5632), 4096
     activations = 4 * tokens * (2 * 2048 + 2 * 5632)  # the hidden states before and after it, and inside its MLP
-    assert int(done.stdout.splitlines()[-1]) < layer + activations + whitened_peak_bytes(Shape(2048, 5632)) < 8 * layer
+    assert int(done.stdout.splitlines()[-1]) < 2 * layer + activations

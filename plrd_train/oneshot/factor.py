@@ -6,6 +6,8 @@ as float32: gradients (`fisher`) and measured losses (`ranks=sensitivity`); and 
 last spectrum is known.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from plrd_train.tracking import console
 
 # Weights are written in files of this size at most, so that a member in the making takes little memory.
 SHARD_BYTES = 2**27
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Ranks = dict[str, int]
 # The text of that many tokens, in batches (n, length).
 Text = Callable[[int], Sequence[Tensor]]
@@ -78,6 +81,7 @@ class OneShot:
     def write(self, wanted: Mapping[Path, Ranks | float]) -> Iterator[tuple[MemberWriter, Ranks]]:
         """Factor the members that are `wanted`, by the folder of each: of that ratio, or with these ranks. Yields each, and its ranks, when its
         weights are complete, to be published."""
+        _give_back_what_is_freed()
         try:
             by_spectra = self._config.ranks.name in SPECTRAL and any(isinstance(of, float) for of in wanted.values())
             spectra = self._spectra() if by_spectra else None
@@ -180,6 +184,13 @@ class OneShot:
             model = open_published(self._parent, torch.float32).model
             return _Whole(model.get_parameter, self._device, model=model)
         return Alone(self._reader.read, self._device)
+
+
+def _give_back_what_is_freed() -> None:
+    """Let this process return each block of 4 MiB and more to the system once it is freed. By itself glibc keeps those of up to 32 MiB, such as
+    activations, for what comes later: half as much again as what is in use at the peak."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**22)
 
 
 def _write(writer: MemberWriter, made: Decomposed) -> None:
