@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from plrd_train.lowrank.distributed import DecompositionError, Shards, owners
 from plrd_train.lowrank.factorizers import Statistic
-from plrd_train.lowrank.factors import mirrored
+from plrd_train.lowrank.factors import symmetrized
 from plrd_train.lowrank.ranks import Shape
 
 WINDOW_BYTES = 8 * 2**30
@@ -191,7 +191,7 @@ class Sum:
         if total is None:
             return None
         # In place, as a copy would be what a rank holds most of. A product of matrices is symmetric but for rounding.
-        return mirrored(total.div_(count)) if total.ndim == 2 else total.div_(count)
+        return symmetrized(total.div_(count)) if total.ndim == 2 else total.div_(count)
 
 
 def added_up(engine: Shards, total: Tensor, owners: Collection[int]) -> Tensor | None:

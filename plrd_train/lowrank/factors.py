@@ -178,13 +178,14 @@ def symmetric(lower: Tensor) -> Tensor:
     return lower.tril() + lower.tril(-1).T
 
 
-def mirrored(matrix: Tensor) -> Tensor:
-    """`matrix` (n, n) itself, made symmetric in place: its lower triangle is written over the upper."""
+def symmetrized(matrix: Tensor) -> Tensor:
+    """`matrix` (n, n) itself, with the mean of it and its transpose in its place."""
     for start in range(0, len(matrix), ROWS):
         end = start + ROWS
-        block = matrix[start:end, start:end]
-        block.copy_(symmetric(block))
-        matrix[start:end, end:] = matrix[end:, start:end].T
+        own, right, below = matrix[start:end, start:end], matrix[start:end, end:], matrix[end:, start:end]
+        own.copy_((own + own.T) / 2)
+        right.add_(below.T).div_(2)
+        below.copy_(right.T)
     return matrix
 
 

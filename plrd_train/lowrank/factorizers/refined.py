@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from plrd_train.lowrank.calibration import added_up
 from plrd_train.lowrank.distributed import Decomposed, Shards
 from plrd_train.lowrank.factorizers import Statistic
-from plrd_train.lowrank.factors import mirrored
+from plrd_train.lowrank.factors import symmetrized
 from plrd_train.lowrank.linear import LowRankLinear
 from plrd_train.lowrank.metrics import FLOOR, whitening
 from plrd_train.lowrank.ranks import Shape
@@ -158,7 +158,7 @@ def _moments(engine: Shards, before: Block, block: Block, step: Step, shapes: Ma
     if total is None:
         return sums.new_empty(0), sums.new_empty(0)
     total.div_(count)
-    return mirrored(total[0]), total[1]
+    return symmetrized(total[0]), total[1]
 
 
 def _factors(block: Block, linears: Sequence[str]) -> list[nn.Parameter]:

@@ -1,7 +1,8 @@
 """`whitened`: the pair whose outputs are nearest to the Linear's own on calibration text (the objective of SVD-LLM, arXiv 2403.07378, section 3.2).
 
 The paper takes the Cholesky factor of the inputs' second moment, which does not exist where that is singular, as on less text than there are
-channels; here it is the symmetric root, by eigendecomposition with clipped eigenvalues. The optimum is the same.
+channels; here it is a root by eigendecomposition with clipped eigenvalues then, and for a Linear with more inputs than outputs the moment itself
+serves. The optimum is the same.
 """
 
 from dataclasses import dataclass
