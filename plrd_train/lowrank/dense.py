@@ -7,8 +7,8 @@ the subspace may have lost is checked at each rank; where it does not hold, the 
 decomposed.
 
 A metric L that is given as a moment L^T L serves the Gram matrix and the errors as it is, where there is no R. Its root is formed to decompose L W,
-and where the Gram matrix shows that the moment is indefinite: then its eigenvalues are clipped. Negative ones that it does not show, as rounding in the
-moment leaves them, falsify an error by no more than themselves, times what it has in their directions.
+and where the Gram matrix shows that the moment is indefinite: then its eigenvalues are clipped. Negative ones that it does not show, as rounding in
+the moment leaves them, falsify the square of an error by no more than themselves times what it has in their directions.
 """
 
 import copy
