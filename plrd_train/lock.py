@@ -43,8 +43,11 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
     world.on_main(lock.acquire)
     try:
         yield
-    finally:
-        lock.release()
+    except BaseException:
+        with contextlib.suppress(OSError):  # what ended the run is said, and not that its lock stays, which nobody minds
+            lock.release()
+        raise
+    lock.release()
 
 
 class Lock:
@@ -73,9 +76,8 @@ class Lock:
             return
         self._released.set()
         self._thread.join()
-        with contextlib.suppress(OSError):  # what ended the run is said, and not that its dead owner's lock stays
-            if self._mine(self._look()):
-                self._file.unlink(missing_ok=True)
+        if self._mine(self._look()):
+            self._file.unlink(missing_ok=True)
         if self._made_folder:
             with contextlib.suppress(OSError):
                 self._run_dir.rmdir()
