@@ -16,8 +16,8 @@ ABSOLUTE = 5e-6
 _SAFE = (1e-8, 1e8)
 # Rows that are taken at a time: of a tall matrix to be copied to another dtype or compared, and of a moment.
 ROWS = 256
-# The lower triangle of a Gram matrix is computed in that many strips: in so many as this, at 9/16 of the multiplications of the whole.
-_STRIPS = 8
+# The lower triangle of a Gram matrix is halved that often: so, it takes 9/16 of the multiplications of the whole. Below _SMALL the whole is faster.
+_HALVINGS, _SMALL = 3, 128
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,12 @@ def _times(form: Tensor, matrix: Tensor) -> Tensor:
 
 
 def scaled(matrix: Tensor, name: str) -> tuple[Tensor, float]:
-    """`matrix` in float32, or float64 where it is that, and a factor: their product is `matrix`, and squares of the former are safe.
+    """`matrix` in float32, or float64 where it is that, and a factor: their product is `matrix`, and squares of the former are safe. No gradient
+    follows it.
 
     Raises ValueError, with `name`, where it holds NaN or Inf.
     """
+    matrix = matrix.detach()
     size = largest(matrix)
     if not math.isfinite(size):
         raise ValueError(f"{name} holds NaN or Inf")
@@ -164,13 +166,23 @@ def scaled_moment(metric: Moment) -> tuple[Moment, float]:
 
 def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The lower triangle of matrix^T @ matrix in `dtype`, which is all that `eigh` and `cholesky` read; what lies above it is undefined."""
-    n = matrix.shape[1]
-    strip = max(-(-n // _STRIPS), 1)
-    out = matrix.new_zeros(n, n, dtype=dtype)
-    for part in (rows.to(dtype) for rows in matrix.split(ROWS if matrix.dtype != dtype else len(matrix))):
-        for i in range(0, n, strip):
-            out[i : i + strip, : i + strip].addmm_(part[:, i : i + strip].T, part[:, : i + strip])
+    out = matrix.new_zeros(matrix.shape[1], matrix.shape[1], dtype=dtype)
+    for part in matrix.split(ROWS if matrix.dtype != dtype else len(matrix)):
+        _add_gram(out, part.to(dtype), _HALVINGS)
     return out
+
+
+def _add_gram(out: Tensor, part: Tensor, halvings: int) -> None:
+    """Add the lower triangle of part^T @ part to that of `out`."""
+    n = len(out)
+    if not halvings or n <= _SMALL:
+        out.addmm_(part.T, part)
+        return
+    half = n // 2
+    left, right = part[:, :half], part[:, half:]
+    _add_gram(out[:half, :half], left, halvings - 1)
+    _add_gram(out[half:, half:], right, halvings - 1)
+    out[half:, :half].addmm_(right.T, left)
 
 
 def symmetric(lower: Tensor) -> Tensor:
