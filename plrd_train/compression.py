@@ -29,7 +29,7 @@ def factor(run: Run, stage: Stage, progress: Progress, shapes: Mapping[str, Shap
         del spectra  # which holds all that was decomposed
         factors: dict[str, Decomposed] = {}
         if factorizer.sequential:
-            for made in factorizer.in_order(run.engine, lambda: run.blocks(stage, progress), shapes, todo):
+            for made in factorizer.in_order(run.engine, lambda: run.blocks(stage, progress), shapes, todo, kept):
                 factors[made.name] = made
                 on_done(made)
         else:

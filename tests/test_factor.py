@@ -226,6 +226,41 @@ def test_a_folder_that_is_no_family_is_left_alone(plrd, tiny, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+COUNTED = """
+import os, sys
+from plrd_train.cli import main
+from plrd_train.recover.kept import KeptFactors
+put, puts = KeptFactors.put, 0
+def counted(*given):
+    global puts
+    if puts == int(sys.argv[1]):
+        os._exit(9)
+    puts += 1
+    put(*given)
+KeptFactors.put = counted
+status = main(sys.argv[2:])
+print(puts)
+sys.exit(status)
+"""
+
+
+def test_a_member_in_order_goes_on_from_its_finished_blocks(plrd_json, tiny, tmp_path):
+    """Killed in the second of two blocks, of seven Linears each."""
+
+    def factor(limit: int) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-c", COUNTED, str(limit), *map(str, arguments)], capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines()[-1] if done.stdout else ""
+
+    options = ["--method", "rom", "--ratio", "1.6", *looking(tiny)]
+    plrd_json("factor", tiny / "parent", tmp_path / "undisturbed", *options)
+    arguments = ["factor", tiny / "parent", tmp_path / "out", *options]
+    assert factor(10)[0] == 9 and len(list((tmp_path / "out" / "factors").glob("*.safetensors"))) == 10
+    assert factor(100) == (0, "7")
+    one, other = (load_file(tmp_path / name / "members" / "1.6x" / "model.plrd.safetensors") for name in ("undisturbed", "out"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in (tmp_path / "undisturbed").iterdir()}
+
+
 MEASURED = """
 import sys, threading, time
 from pathlib import Path

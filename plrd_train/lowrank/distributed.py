@@ -53,6 +53,20 @@ def everywhere(engine: Shards, tensor: Tensor | None, shape: tuple[int, ...], ow
     return whole
 
 
+def agreed(engine: Shards, work: Callable[[], Any]) -> list:
+    """What `work` gives on every rank, in rank order. A collective; raises DecompositionError, on every rank alike, where it fails on one."""
+    value, failure = None, None
+    try:
+        value = work()
+    except (ValueError, OSError, torch.linalg.LinAlgError) as error:
+        failure = str(error)
+    reports = engine.share((value, failure))
+    for _, failed in reports:
+        if failed:
+            raise DecompositionError(failed)
+    return [value for value, _ in reports]
+
+
 @dataclass(frozen=True)
 class Decomposed:
     """The factors of one Linear: this rank's shards of `up` (out, rank) and `down` (rank, in), the same errors and time on every rank."""

@@ -1,7 +1,7 @@
 """One Linear on the rank that owns it: decomposed at most once, cut at any rank, and not even that where what is asked for was kept."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -29,7 +29,9 @@ class Weight:
     def __init__(self, name: str, parts: list[Tensor], statistic: Statistic | None, factorizer: Factorizer, kept: Kept | None):
         self._name, self._parts, self._statistic, self._factorizer, self._kept = name, parts, statistic, factorizer, kept
         self._made: Spectral | None = None
-        self._key = _fingerprint(parts, statistic, factorizer) if kept is not None else ""
+        self._key = ""
+        if kept is not None:
+            self._key = fingerprint(method_of(factorizer), parts if statistic is None else [*parts, statistic])
 
     def values(self) -> Tensor:
         """Its singular values in the metrics (`Spectral.values`)."""
@@ -37,15 +39,7 @@ class Weight:
 
     def cut(self, rank: int, device: torch.device | None = None) -> Factors:
         """Its factors at that rank, which are kept."""
-
-        def make() -> dict[str, Tensor]:
-            factors = self.decomposed(device).cut(rank)
-            errors = [factors.rel_error, torch.nan if factors.metric_error is None else factors.metric_error]
-            return {"up": factors.up, "down": factors.down, "errors": torch.tensor(errors, dtype=torch.float64)}
-
-        made = self._keep(f"rank-{rank}", make)
-        rel_error, metric_error = made["errors"].tolist()
-        return Factors(made["up"], made["down"], rel_error, None if metric_error != metric_error else metric_error)
+        return unpacked(self._keep(f"rank-{rank}", lambda: packed(self.decomposed(device).cut(rank))))
 
     def decomposed(self, device: torch.device | None = None) -> Spectral:
         """On `device`; None: where it is."""
@@ -74,11 +68,27 @@ class Weight:
         return made
 
 
-def _fingerprint(parts: Sequence[Tensor], statistic: Statistic | None, factorizer: Factorizer) -> str:
-    """What the factors follow from: the weight and the statistic by their row and column sums, and the method with its settings."""
-    digest = hashlib.sha256(f"{type(factorizer).__module__} {factorizer!r}".encode())
-    for tensor in (*parts, *(() if statistic is None else (statistic,))):
+def fingerprint(said: str, tensors: Iterable[Tensor]) -> str:
+    """A digest of what factors follow from: of text, and of tensors by their row and column sums."""
+    digest = hashlib.sha256(said.encode())
+    for tensor in tensors:
         sums = (tensor.double(),) if tensor.ndim == 1 else (tensor.sum(dim, dtype=torch.float64) for dim in range(2))
         for one in sums:
             digest.update(one.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def method_of(factorizer: Factorizer) -> str:
+    """The method with its settings."""
+    return f"{type(factorizer).__module__} {factorizer!r}"
+
+
+def packed(factors: Factors) -> dict[str, Tensor]:
+    """As `Kept` takes them."""
+    errors = [factors.rel_error, torch.nan if factors.metric_error is None else factors.metric_error]
+    return {"up": factors.up, "down": factors.down, "errors": torch.tensor(errors, dtype=torch.float64)}
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> Factors:
+    rel_error, metric_error = tensors["errors"].tolist()
+    return Factors(tensors["up"], tensors["down"], rel_error, None if metric_error != metric_error else metric_error)

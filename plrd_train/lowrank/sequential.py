@@ -1,8 +1,8 @@
-"""The decomposition in order: each Linear is factored on the inputs that the Linears before it give once they are factored.
+"""A block of a walk, decomposed in order: each Linear is factored on the inputs that the Linears before it give once they are factored.
 
-Block by block (`plrd_train.lowrank.walk`), every rank holding the whole block and its own part of the text. Within a block those Linears that share
-an input are a step: their statistic is added up over the ranks and goes to the owners, which factor one of them each and hand the factors to all.
-`decompose_in_order` is all there is to a method without more to it (`rom`); the others make their own of its parts.
+Every rank holds the whole block (`plrd_train.lowrank.walk`) and its own part of the text. Those Linears that share an input are a step: their
+statistic is added up over the ranks and goes to the owners, which factor one of them each and hand the factors to all. `factor_block` is all there is
+to a method without more to it (`rom`); the others make their own of its parts. `plrd_train.lowrank.finished` takes one block after the other.
 """
 
 import time
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plrd_train.lowrank.calibration import KINDS, Kind, Sum, distinct_inputs, hooked
-from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Shards, everywhere, owners
+from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Shards, agreed, everywhere, owners
 from plrd_train.lowrank.factorizers import Factorizer, Statistic
 from plrd_train.lowrank.linear import LowRankLinear
 from plrd_train.lowrank.ranks import Shape
@@ -25,26 +25,14 @@ from plrd_train.lowrank.surgery import replace_linears
 from plrd_train.lowrank.walk import Block
 
 
-@torch.no_grad()
-def decompose_in_order(
-    engine: Shards, blocks: Iterable[Block], shapes: Mapping[str, Shape], ranks: Mapping[str, int], factorizer: Factorizer
-) -> Iterator[Decomposed]:
-    """Factor every Linear named in `ranks` to that rank, in the order in which the model calls them, and yield its factors as shards.
-
-    `blocks` are those of a walk over the weights of `engine`, which is left as it is. A collective at each step of the iteration; otherwise as
-    `plrd_train.lowrank.distributed.decompose`. Raises DecompositionError, on every rank alike, also where a Linear stands outside the blocks or no
-    text reaches it.
-    """
-    kind, left = KINDS[str(factorizer.statistics)], set(ranks)
-    for block in blocks:
-        for step in steps(engine, block, inside(block, ranks)):
-            statistic = _statistic(engine, block, step, kind, shapes)
-            made = factor(engine, block, step, shapes, ranks, partial(decomposed, factorizer, statistic=statistic))
-            del statistic  # before the next one comes, or the block runs
-            for name in step.names:
-                left.remove(name)
-                yield shards(engine, block, name, made[name])
-    refuse(left)
+def factor_block(engine: Shards, block: Block, shapes: Mapping[str, Shape], ranks: Mapping[str, int], factorizer: Factorizer) -> dict[str, "Made"]:
+    """Factor the Linears of the block that are named in `ranks`, each on what those before it give once they are factored. A collective."""
+    made: dict[str, Made] = {}
+    for step in steps(engine, block, inside(block, ranks)):
+        statistic = _statistic(engine, block, step, KINDS[str(factorizer.statistics)], shapes)
+        made |= factor(engine, block, step, shapes, ranks, partial(decomposed, factorizer, statistic=statistic))
+        del statistic  # before the next one comes, or the block runs
+    return made
 
 
 @torch.no_grad()
@@ -53,7 +41,8 @@ def collect_in_order(
 ) -> Iterator[tuple[list[str], dict[str, Statistic]]]:
     """What `plrd_train.lowrank.calibration.collect` yields, by a walk: for a model of which one block is in memory at a time, and inputs alone.
 
-    The Linears of a block that share an input come together. The blocks are left as they are. Raises DecompositionError as `decompose_in_order` does.
+    The Linears of a block that share an input come together. The blocks are left as they are. Raises DecompositionError as
+    `plrd_train.lowrank.finished.block_by_block` does.
     """
     left = set(names)
     for block in blocks:
@@ -147,38 +136,35 @@ def factor(
     """Let the owner of each Linear of the step `decompose` it, and put its factors into the block on every rank. A collective."""
     owner = owners(shapes, step.names, engine.world_size)
     own: dict[str, Factors] = {}
-    seconds: dict[str, float] = {}
-    failure = None
-    try:
+
+    def work() -> dict[str, tuple[float, float, float | None]]:
+        reports = {}
         for name, linear in zip(step.names, step.linears, strict=True):
             if owner[name] == engine.rank:
                 start = time.perf_counter()
-                own[name] = decompose(block.module.get_submodule(linear)).cut(ranks[name])
-                seconds[name] = time.perf_counter() - start
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        failure = f"{name}: {error}"
-    reports = engine.share((failure, {name: (seconds[name], made.rel_error, made.metric_error) for name, made in own.items()}))
-    for failed, _ in reports:
-        if failed:
-            raise DecompositionError(failed)
-    told = {name: report for _, of_rank in reports for name, report in of_rank.items()}
-    for name, linear in zip(step.names, step.linears, strict=True):
+                try:
+                    own[name] = one = decompose(block.module.get_submodule(linear)).cut(ranks[name])
+                except (ValueError, torch.linalg.LinAlgError) as error:
+                    raise ValueError(f"{name}: {error}") from error
+                reports[name] = (time.perf_counter() - start, one.rel_error, one.metric_error)
+        return reports
+
+    told = {name: report for of_rank in agreed(engine, work) for name, report in of_rank.items()}
+    for name in step.names:
         shape, rank, made = shapes[name], ranks[name], own.get(name)
         up = everywhere(engine, made.up if made else None, (shape.out_features, rank), owner[name])
         down = everywhere(engine, made.down if made else None, (rank, shape.in_features), owner[name])
-        _put(block.module, linear, up, down)
+        put(block, name, up, down)
     return {name: Made(owner[name], *told[name]) for name in step.names}
 
 
 def shards(engine: Shards, block: Block, name: str, made: Made) -> Decomposed:
     """The factors that stand in the block in the place of the Linear `name`, as shards. A collective."""
-    linear = block.module.get_submodule(name.removeprefix(f"{block.name}."))
-    assert isinstance(linear, LowRankLinear)
-    up, down = linear.up.weight.detach(), linear.down.weight.detach()
+    up, down = factors_of(block, name)
     mine = made.owner == engine.rank
     up_shard = engine.scatter(up if mine else None, tuple(up.shape), made.owner)
     down_shard = engine.scatter(down if mine else None, tuple(down.shape), made.owner)
-    return Decomposed(name, linear.rank, up_shard, down_shard, made.rel_error, made.metric_error, made.seconds)
+    return Decomposed(name, len(down), up_shard, down_shard, made.rel_error, made.metric_error, made.seconds)
 
 
 def refuse(left: Collection[str]) -> None:
@@ -195,12 +181,20 @@ def decomposed(factorizer: Factorizer, linear: nn.Module, *, statistic: Tensor |
     return factorizer.dense(linear.weight, statistic)
 
 
-def _put(block: nn.Module, linear: str, up: Tensor, down: Tensor) -> None:
+def factors_of(block: Block, name: str) -> tuple[Tensor, Tensor]:
+    """The factors that stand in the block in the place of the Linear `name`: (out, rank) and (rank, in)."""
+    linear = block.module.get_submodule(name.removeprefix(f"{block.name}."))
+    assert isinstance(linear, LowRankLinear)
+    return linear.up.weight.detach(), linear.down.weight.detach()
+
+
+def put(block: Block, name: str, up: Tensor, down: Tensor) -> None:
     """Put the factors in the place of a Linear of the block; its bias stays."""
-    old: Any = block.get_submodule(linear)
+    linear = name.removeprefix(f"{block.name}.")
+    old: Any = block.module.get_submodule(linear)
     bias = old.up.bias if isinstance(old, LowRankLinear) else old.bias
-    replace_linears(block, {linear: len(down)})
-    new: Any = block.get_submodule(linear)
+    replace_linears(block.module, {linear: len(down)})
+    new: Any = block.module.get_submodule(linear)
     new.set_factors(up, down)
     if bias is not None:
         new.up.bias.copy_(bias)

@@ -63,7 +63,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     config = _config(given)
     held_out = resolve_corpus(given.data, "validation") if given.data else None
     parent = open_parent(given.parent, given.revision or "main", given.trust_remote_code)
-    oneshot = OneShot(parent, config, _text(given, config, parent))
+    oneshot = OneShot(parent, config, _text(given, config, parent), unfinished=given.out / "factors")
     made_by = {"factorizer": {"name": config.factorizer.name, **vars(config.factorizer.settings)}, "allocation": config.ranks.name}
     asked: dict[str, Ranks | float] = {f"{ratio:g}x": ratio for ratio in given.ratio or ()}
     if given.budget is not None:
@@ -83,7 +83,9 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         writer.publish(member_card(entry, family.parent, made_by))
         family.members.append(entry)
         family.write()
+        oneshot.kept.clear()
         start = time.perf_counter()
+    oneshot.kept.clear()  # what a process left that was killed right behind its last member
     write_report(family.folder)
     if not given.json:
         console.family_table(family.parent, family.members)

@@ -35,6 +35,7 @@ from plrd_train.lowrank.sensitivity import measure
 from plrd_train.lowrank.sequential import collect_in_order
 from plrd_train.lowrank.surgery import eligible_linears
 from plrd_train.lowrank.walk import Alone, Block, blocks_of, gathered, walk
+from plrd_train.recover.kept import KeptFactors
 from plrd_train.tracking import console
 
 # Weights are written in files of this size at most, so that a member in the making takes little memory.
@@ -53,9 +54,12 @@ class _Whole(Alone):
 
 
 class OneShot:
-    """The factoring of `parent` as `config` says: factorizer, ranks and linears; `text` gives the calibration text. Raises UserError."""
+    """The factoring of `parent` as `config` says: factorizer, ranks and linears; `text` gives the calibration text. Raises UserError.
 
-    def __init__(self, parent: Parent, config: Config, text: Text):
+    What a method that takes the Linears in order has finished of a member is kept in the folder `unfinished` until the member is published.
+    """
+
+    def __init__(self, parent: Parent, config: Config, text: Text, unfinished: Path):
         self._parent, self._config, self._text = parent, config, text
         self._factorizer = config.factorizer.settings
         self.hub_config = load_config(parent)
@@ -70,6 +74,7 @@ class OneShot:
             raise UserError(f"linears: no Linear of {parent.path} is left to factor; mend linears.include and linears.exclude")
         self._reader = WeightReader(parent)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.kept = KeptFactors(unfinished, self._device)
 
     def of_budget(self, budget: float) -> Ranks:
         """The ranks of a member that keeps that share of all parameters (LLM-ROM)."""
@@ -115,7 +120,7 @@ class OneShot:
         """By a method that takes the Linears in order, each on what those before it give."""
         for folder, ranks in wanted.items():
             with closing(self._writer(folder, ranks)) as writer, console.progress(f"factor {folder.name}", len(ranks), "weights") as bar:
-                for made in self._factorizer.in_order(self._engine, self._walk, self.shapes, ranks):
+                for made in self._factorizer.in_order(self._engine, self._walk, self.shapes, ranks, self.kept):
                     _write(writer, made)
                     bar.update(1, error=made.rel_error)
                 yield self._complete(writer, ranks)

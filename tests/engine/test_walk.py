@@ -12,7 +12,6 @@ from plrd_train.hub.weights import WeightReader
 from plrd_train.lowrank.distributed import DecompositionError
 from plrd_train.lowrank.factorizers.rom import Factorizer
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.sequential import decompose_in_order
 from plrd_train.lowrank.surgery import eligible_linears
 from plrd_train.lowrank.walk import Alone, gathered, walk
 
@@ -52,7 +51,7 @@ def test_blocks_are_given_what_the_whole_model_gives_them(save_parent, engine):
 def in_order(world, name, folder, rank):
     engine = opened(world, name, folder)
     shapes = shapes_of(engine)
-    made = decompose_in_order(engine, blocks(engine, folder), shapes, dict.fromkeys(shapes, rank), ROM)
+    made = ROM.in_order(engine, lambda: blocks(engine, folder), shapes, dict.fromkeys(shapes, rank))
     factors = {one.name: one for one in made}
     order, errors = list(factors), {one.name: one.metric_error for one in factors.values()}
     engine.rebuild(architecture(folder, dict.fromkeys(shapes, rank)), factors)
@@ -102,7 +101,7 @@ def test_rom_of_a_checkpoint_without_an_engine(save_parent):
     shapes = {name: Shape.of(linear) for name, linear in eligible_linears(model)}
     alone = Alone(reader.read, torch.device("cpu"))
     order, products = [], {}
-    for made in decompose_in_order(alone, blocks(alone, folder), shapes, dict.fromkeys(shapes, 12), ROM):
+    for made in ROM.in_order(alone, lambda: blocks(alone, folder), shapes, dict.fromkeys(shapes, 12)):
         order.append(made.name)
         products[made.name] = made.up @ made.down
     expected, _ = reference(model, order, 12)
@@ -114,7 +113,7 @@ def test_rom_of_a_checkpoint_without_an_engine(save_parent):
 def beyond_the_blocks(world, folder):
     engine = opened(world, "fsdp", folder)
     with pytest.raises(DecompositionError, match=r"^lm_head: no block of the model calls it"):
-        list(decompose_in_order(engine, blocks(engine, folder), shapes_of(engine), {"lm_head": 3}, ROM))
+        list(ROM.in_order(engine, lambda: blocks(engine, folder), shapes_of(engine), {"lm_head": 3}))
 
 
 def test_a_linear_outside_the_blocks_is_named(save_parent):

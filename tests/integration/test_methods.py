@@ -38,14 +38,18 @@ def test_a_family_by_each_method(command, tmp_path, method):
         assert found[0]["eval_factored"]["ppl"] == pytest.approx(alone[0]["eval_factored"]["ppl"], rel=1e-4)  # before any training
 
 
-@pytest.mark.parametrize("ranks", ["energy", pytest.param("uniform", marks=SLOW)])
-def test_a_run_that_was_killed_while_it_factored_goes_on_with_what_it_had_kept(command, tmp_path, ranks):
-    undisturbed = family(command, tmp_path / "undisturbed", 2, "whitened", f"ranks={ranks}", "stages.ratios=[1.6]")
-    arguments = command(tmp_path / "killed", "factorizer=whitened", "factorizer.calibration_tokens=700", "stages.tokens=512", "evaluation.tokens=500")
+@pytest.mark.parametrize(
+    ("method", "ranks"), [("whitened", "energy"), pytest.param("whitened", "uniform", marks=SLOW), ("refined", "uniform"), ("rom", "energy")]
+)
+def test_a_run_that_was_killed_while_it_factored_goes_on_with_what_it_had_kept(command, tmp_path, method, ranks):
+    undisturbed = family(command, tmp_path / "undisturbed", 2, method, f"ranks={ranks}", "stages.ratios=[1.6]")
+    arguments = command(
+        tmp_path / "killed", f"factorizer={method}", "factorizer.calibration_tokens=700", "stages.tokens=512", "evaluation.tokens=500"
+    )
     arguments += [f"ranks={ranks}", "stages.ratios=[1.6]"]
-    assert run_job(2, arguments, kill_before, "plrd_train.recover.kept:KeptFactors.put", 4).status == -9
-    assert len(list((tmp_path / "killed" / "factors").iterdir())) >= 4
-    found = family(command, tmp_path / "killed", 2, "whitened", f"ranks={ranks}", "stages.ratios=[1.6]")
+    assert run_job(2, arguments, kill_before, "plrd_train.recover.kept:KeptFactors.put", 5).status == -9
+    assert len(list((tmp_path / "killed" / "factors").iterdir())) >= 5
+    found = family(command, tmp_path / "killed", 2, method, f"ranks={ranks}", "stages.ratios=[1.6]")
     assert [{**entry, "seconds": None} for entry in found] == [{**entry, "seconds": None} for entry in undisturbed]
     assert not (tmp_path / "killed" / "factors").exists()
 

@@ -12,6 +12,7 @@ from plrd_train.lowrank.spectral import Spectral
 
 if TYPE_CHECKING:
     from plrd_train.lowrank.distributed import Decomposed, Shards
+    from plrd_train.lowrank.owned import Kept
     from plrd_train.lowrank.walk import Block
 
 # What calibration text tells of one Linear, by `plrd_train.lowrank.calibration`: "inputs" is the second moment of its input, (in, in); "magnitudes"
@@ -46,10 +47,15 @@ class Sequential(Factorizer, Protocol):
     they are then given the statistics of the model as it stands."""
 
     def in_order(
-        self, engine: "Shards", walk: "Callable[[], Iterator[Block]]", shapes: Mapping[str, Shape], ranks: Mapping[str, int]
+        self,
+        engine: "Shards",
+        walk: "Callable[[], Iterator[Block]]",
+        shapes: Mapping[str, Shape],
+        ranks: Mapping[str, int],
+        kept: "Kept | None" = None,
     ) -> "Iterator[Decomposed]":
-        """Factor every Linear named in `ranks` to that rank and yield its factors as shards, block by block; otherwise as
-        `plrd_train.lowrank.distributed.decompose`. Each `walk` begins anew, over the weights of `engine` and all of the calibration text."""
+        """Factor every Linear named in `ranks` to that rank and yield its factors as shards, by `plrd_train.lowrank.finished.block_by_block`. Each
+        `walk` begins anew, over the weights of `engine` and all of the calibration text."""
         ...
 
 

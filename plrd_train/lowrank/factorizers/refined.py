@@ -10,7 +10,6 @@ The paper also trains the norms of the block. Here they stay, as do biases and L
 move into its `down` factor. The paper's learning rate is one number; here that of each factor is relative to the factor's own entries.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,12 @@ from plrd_train.lowrank.calibration import added_up
 from plrd_train.lowrank.distributed import Decomposed, Shards
 from plrd_train.lowrank.factorizers import Statistic
 from plrd_train.lowrank.factors import symmetrized
+from plrd_train.lowrank.finished import block_by_block
 from plrd_train.lowrank.linear import LowRankLinear
 from plrd_train.lowrank.metrics import FLOOR, whitening
+from plrd_train.lowrank.owned import Kept
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.sequential import Made, Step, counted, factor, given, inside, refuse, shards, steps
+from plrd_train.lowrank.sequential import Made, Step, counted, factor, given, inside, steps
 from plrd_train.lowrank.spectral import Spectral, of_dense, of_product, peak_bytes
 from plrd_train.lowrank.walk import Block
 
@@ -69,26 +70,28 @@ class Factorizer:
         # Both moments, and four matrices while A is solved for; then A, the weight and W A; then W A decomposed.
         return 2 * 4 * square + max(4 * 8 * square, 8 * (square + 2 * weight), 4 * weight + peak_bytes(shape, right="moment"))
 
-    @torch.no_grad()
     def in_order(
-        self, engine: Shards, walk: Callable[[], Iterator[Block]], shapes: Mapping[str, Shape], ranks: Mapping[str, int]
+        self,
+        engine: Shards,
+        walk: Callable[[], Iterator[Block]],
+        shapes: Mapping[str, Shape],
+        ranks: Mapping[str, int],
+        kept: Kept | None = None,
     ) -> Iterator[Decomposed]:
         """`plrd_train.lowrank.factorizers.Sequential`. In memory are two blocks, the hidden states before each, and while a block is trained the
         gradients and moments of its factors."""
-        left = set(ranks)
-        for before, block in zip(walk(), walk(), strict=True):
+
+        def make(before: Block, block: Block) -> dict[str, Made]:
             made: dict[str, Made] = {}
             for step in steps(engine, block, inside(block, ranks)):
                 moments = _moments(engine, before, block, step, shapes)
                 made |= factor(engine, block, step, shapes, ranks, partial(self._anchored, moment=moments[0], cross=moments[1]))
             start = time.perf_counter()
             self._refine(engine, before, block, [name.removeprefix(f"{block.name}.") for name in made])
-            seconds = (time.perf_counter() - start) / max(len(made), 1)
-            for name, one in made.items():
-                left.remove(name)
-                error = _rel_error(before, block, name)
-                yield shards(engine, block, name, dataclasses.replace(one, seconds=one.seconds + seconds, rel_error=error, metric_error=None))
-        refuse(left)
+            trained = (time.perf_counter() - start) / max(len(made), 1)
+            return {name: Made(one.owner, one.seconds + trained, _rel_error(before, block, name), None) for name, one in made.items()}
+
+        return block_by_block(engine, [walk(), walk()], shapes, ranks, self, make, kept)
 
     def _anchored(self, linear: nn.Module, moment: Tensor, cross: Tensor) -> Spectral:
         """A Linear W of a block as W A in the metric of its inputs now, of which E[x' x'^T] is the `moment` and E[x x'^T] the `cross` moment."""

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from plrd_train.lowrank.distributed import Decomposed, Shards
 from plrd_train.lowrank.factorizers import Statistic
+from plrd_train.lowrank.finished import block_by_block
 from plrd_train.lowrank.metrics import whitened_peak_bytes, whitening
+from plrd_train.lowrank.owned import Kept
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.sequential import decompose_in_order
+from plrd_train.lowrank.sequential import factor_block
 from plrd_train.lowrank.spectral import Spectral, of_dense, of_product
 from plrd_train.lowrank.walk import Block
 
@@ -36,9 +38,14 @@ class Factorizer:
         return of_product(up, down, right=whitening(statistic))
 
     def in_order(
-        self, engine: Shards, walk: Callable[[], Iterator[Block]], shapes: Mapping[str, Shape], ranks: Mapping[str, int]
+        self,
+        engine: Shards,
+        walk: Callable[[], Iterator[Block]],
+        shapes: Mapping[str, Shape],
+        ranks: Mapping[str, int],
+        kept: Kept | None = None,
     ) -> Iterator[Decomposed]:
-        return decompose_in_order(engine, walk(), shapes, ranks, self)
+        return block_by_block(engine, [walk()], shapes, ranks, self, lambda block: factor_block(engine, block, shapes, ranks, self), kept)
 
     def peak_bytes(self, shape: Shape) -> int:
         return whitened_peak_bytes(shape)
