@@ -115,7 +115,7 @@ def end(engine: Any) -> None:
 
     `destroy` alone leaves both in a list of root modules and in a cache. Nothing, where the process group has ended: then the process is about to.
     """
-    if not torch.distributed.is_initialized():
+    if not dist.is_initialized():
         return
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator

@@ -6,6 +6,7 @@ import torch
 from plrd_train.lowrank.calibration import Inputs
 from plrd_train.lowrank.factorizers.asvd import Factorizer as Asvd
 from plrd_train.lowrank.factorizers.fisher import Factorizer as Fisher
+from plrd_train.lowrank.factorizers.rom import Factorizer as Rom
 from plrd_train.lowrank.factorizers.svd import Factorizer as Svd
 from plrd_train.lowrank.factorizers.whitened import Factorizer as Whitened
 
@@ -110,3 +111,29 @@ def test_statistics_that_are_not_finite_are_refused():
         WHITENED.dense(torch.eye(4), torch.full((4, 4), torch.inf))
     with pytest.raises(ValueError, match="no finite float32 numbers"):
         ASVD.dense(torch.eye(4), torch.tensor([1.0, torch.nan, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (256, 256), (256, 128)])
+@pytest.mark.parametrize("was", [None, 0.6], ids=["dense", "low-rank"])
+def test_rom_of_a_layer_is_that_of_its_equations(shape, was):
+    """W1 = V_r^T and W2 = V_r W, V the eigenvectors of the covariance of y = W x, in float64 (LLM-ROM, section 2)."""
+    (m, n), rank = shape, min(shape) // 4
+    generator = torch.Generator().manual_seed(m)
+    mix = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+    x = torch.randn(4 * n, n, generator=generator) @ (torch.exp(-2 * torch.arange(n) / n)[:, None] * mix)
+    moment = x.T @ x / len(x)
+    if was is None:
+        weight = torch.randn(m, n, generator=generator) / n**0.5
+        made = Rom(calibration_tokens=1).dense(weight, moment).cut(rank)
+    else:
+        k = int(was * min(m, n))
+        up, down = torch.randn(m, k, generator=generator) / k**0.5, torch.randn(k, n, generator=generator) / n**0.5
+        weight, made = up.double() @ down.double(), Rom(calibration_tokens=1).product(up, down, moment).cut(rank)
+    x, weight = x.double(), weight.double()
+    outputs = x @ weight.T
+    main = torch.linalg.eigh(outputs.T @ outputs / len(x)).eigenvectors[:, -rank:]
+    expected, found = main @ (main.T @ weight), made.up.double() @ made.down.double()
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert (x @ (found - expected).T).norm() <= 1e-5 * (x @ expected.T).norm()
+    lost = ((outputs - x @ expected.T).norm() / outputs.norm()).item()
+    assert made.metric_error == pytest.approx(lost, rel=1e-5)
