@@ -63,12 +63,19 @@ class Finished:
             return None
         self._text = self._text or _digest_of(self._engine, block.inputs)
         self._key = fingerprint(f"{self._key} {self._text} {[(name, self._ranks[name]) for name in names]}", block.module.parameters())
+        found: dict[str, Factors] = {}
+
+        def read() -> dict[str, tuple[float, float | None]]:
+            for name in self._own(names):
+                tensors = kept.get(self._kept_as(name), self._key)
+                if tensors is not None:
+                    found[name] = unpacked(tensors)
+            return {name: (one.rel_error, one.metric_error) for name, one in found.items()}
+
         start = time.perf_counter()
-        own = {name: kept.get(self._kept_as(name), self._key) for name in self._own(names)}
-        found = {name: unpacked(tensors) for name, tensors in own.items() if tensors is not None}
-        if not all(self._engine.share(len(found) == len(own))):
+        reports = agreed(self._engine, read)
+        if sum(map(len, reports)) < len(names):
             return None
-        reports = self._engine.share({name: (one.rel_error, one.metric_error) for name, one in found.items()})
         seconds = (time.perf_counter() - start) / max(len(names), 1)
         owner = owners(self._shapes, names, self._engine.world_size)
         for name in names:
@@ -84,7 +91,7 @@ class Finished:
 
         def write() -> None:
             assert kept is not None
-            for name in self._own(self._names(block)):
+            for name in made.keys() & self._own(self._names(block)):
                 factors = Factors(*factors_of(block, name), made[name].rel_error, made[name].metric_error)
                 kept.put(self._kept_as(name), self._key, packed(factors))
 

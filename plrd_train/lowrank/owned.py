@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from plrd_train.lowrank.factorizers import Factorizer, Statistic
-from plrd_train.lowrank.spectral import Factors, Spectral
+from plrd_train.lowrank.factors import ROWS, Factors
+from plrd_train.lowrank.spectral import Spectral
 
 
 class Kept(Protocol):
@@ -72,7 +73,12 @@ def fingerprint(said: str, tensors: Iterable[Tensor]) -> str:
     """A digest of what factors follow from: of text, and of tensors by their row and column sums."""
     digest = hashlib.sha256(said.encode())
     for tensor in tensors:
-        sums = (tensor.double(),) if tensor.ndim == 1 else (tensor.sum(dim, dtype=torch.float64) for dim in range(2))
+        # A few rows at a time, as each part becomes a float64 copy.
+        parts = tensor.split(ROWS)
+        sums = (
+            torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0),
+            *(part.reshape(len(part), -1).sum(1, dtype=torch.float64) for part in parts),
+        )
         for one in sums:
             digest.update(one.cpu().numpy().tobytes())
     return digest.hexdigest()
