@@ -48,6 +48,7 @@ SETTINGS = [
     Setting(2, "fsdp", True, "svd"),
     Setting(2, "zero3", False, "whitened"),
     Setting(1, "fsdp", True, "whitened"),
+    Setting(2, "fsdp", False, "refined"),
 ]
 
 

@@ -29,7 +29,7 @@ PHASES = {
     ),
     "factoring": (
         Point("plrd_train.pipeline:factor", 1),
-        Point("plrd_train.lowrank.owned:Weight.cut", 5),
+        Point("plrd_train.recover.kept:KeptFactors.get", 5),
         Point("plrd_train.recover.kept:KeptFactors.put", 5),
     ),
     "step": (Point(f"{_LOOP}:Trainer._step", 8), Point(f"{_LOOP}:Trainer._micro_batch", 8)),
