@@ -3,8 +3,8 @@
 Let V be the leading eigenvectors of (L W R)^T (L W R). Then W ≈ (W V) V^T; or, where there is a metric R on the side of the eigenvectors,
 W ≈ U B^+ L W with U = W R V and B = L U, which is the same without an inverse of R: what R does not see stays as near to W as it can. Both are
 projections: so their error is that of the subspace alone, and they are exact at full rank, whatever the accuracy of the eigenvalues. A bound on what
-the subspace may have lost is checked at each rank; where it does not hold, the Gram matrix is formed in float64, and at last L W R itself is
-decomposed.
+the subspace may have lost is checked at each rank; where it does not hold, or the eigensolver does not converge, the Gram matrix is formed in
+float64, and at last L W R itself is decomposed.
 
 A metric L that is given as a moment L^T L serves the Gram matrix and the errors as it is, where there is no R. Its root is formed to decompose L W,
 and where the Gram matrix shows that the moment is indefinite: then its eigenvalues are clipped. Negative ones that it does not show, as rounding in
@@ -132,7 +132,10 @@ class Dense:
 
     def _decompose(self, dtype: torch.dtype) -> None:
         moment = self._moment
-        squares, vectors = torch.linalg.eigh(moment.gram(self._weight, dtype) if moment else gram(self._measured(dtype), dtype))
+        try:
+            squares, vectors = torch.linalg.eigh(moment.gram(self._weight, dtype) if moment else gram(self._measured(dtype), dtype))
+        except torch.linalg.LinAlgError:  # no convergence, as GPU libraries have it of some matrices of low rank
+            return self._decompose(torch.float64) if dtype != torch.float64 else self._decompose_exactly()
         off = rounding(dtype) * max(squares.norm().item(), moment.terms(self._weight) if moment else 0.0)
         if moment and squares[0].item() < -off:
             self._take_root()

@@ -152,6 +152,28 @@ def test_what_a_moment_costs_below_nothing_counts_as_its_floor(shape, below):
         check_in_metrics(weight.double(), torch.eye(shape[0], dtype=torch.float64), clipped, spectral.values, spectral.cut(rank), rank)
 
 
+@pytest.mark.parametrize(
+    ("right", "failing"),
+    [(None, [torch.float32]), ("diagonal", [torch.float32]), ("moment", [torch.float32]), (None, [torch.float32, torch.float64])],
+)
+def test_an_eigensolver_that_does_not_converge_is_passed_over(monkeypatch, right, failing):
+    weight, (metric, exact) = matrix(60, 40, 6).float(), root(right, 40, 2, 1, 0)
+    solve, refused = torch.linalg.eigh, []
+
+    def eigh(square):
+        if square.dtype in failing:
+            refused.append(square.dtype)
+            raise torch.linalg.LinAlgError("it failed to converge")
+        return solve(square)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    made = of_dense(weight, right=metric)
+    factors, values = made.cut(15), made.values
+    monkeypatch.undo()
+    assert set(refused) == set(failing)
+    check_in_metrics(weight.double(), torch.eye(60, dtype=torch.float64), exact, values, factors, 15)
+
+
 def test_one_decomposition_serves_all_ranks():
     weight = matrix(60, 40, 12.0).float()
     spectral = of_dense(weight)
