@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks import Row, device, seconds
 from plrd_train.lowrank.factors import Factors
 from plrd_train.lowrank.ranks import Shape, uniform
-from plrd_train.lowrank.spectral import of_dense, of_product
+from plrd_train.lowrank.truncate import of_dense, of_product
 
 # The Linears of a block of Llama-7B and Mistral-7B (out, in), whole where a GPU is, and a quarter as wide on a CPU.
 SHAPES = {"cuda": [(4096, 4096), (1024, 4096), (11008, 4096), (14336, 4096), (4096, 14336)], "cpu": [(1024, 1024), (2816, 1024), (1024, 2816)]}

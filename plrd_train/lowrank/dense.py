@@ -44,7 +44,7 @@ _ALIGNED = 16
 
 
 class Dense:
-    """`plrd_train.lowrank.spectral.Spectral` of a dense weight (m, n)."""
+    """`plrd_train.lowrank.truncate.Spectral` of a dense weight (m, n)."""
 
     def __init__(self, weight: Tensor, left: Metric | Moment | None, right: Metric | Moment | None):
         self._weight, self._scale = scaled(weight, "weight")

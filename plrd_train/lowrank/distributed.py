@@ -19,7 +19,7 @@ from torch import Tensor
 from plrd_train.lowrank.factorizers import Factorizer, Statistic
 from plrd_train.lowrank.owned import Kept, Weight
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Factors
+from plrd_train.lowrank.truncate import Factors
 
 NONE: Mapping[str, Statistic] = MappingProxyType({})
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plrd_train.lowrank.factors import largest
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Metric, Moment, peak_bytes
+from plrd_train.lowrank.truncate import Metric, Moment, peak_bytes
 
 # What no text has shown counts this share of all, and rounding, of either sign, no more. Sums in float32 round to 1e-7 of the largest eigenvalue of
 # a moment; yet the floor stands lower, since a single token with massive activations raises that eigenvalue a millionfold above the rest, and a floor

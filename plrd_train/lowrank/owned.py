@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plrd_train.lowrank.factorizers import Factorizer, Statistic
 from plrd_train.lowrank.factors import ROWS, Factors
-from plrd_train.lowrank.spectral import Spectral
+from plrd_train.lowrank.truncate import Spectral
 
 
 class Kept(Protocol):

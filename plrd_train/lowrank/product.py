@@ -35,7 +35,7 @@ from plrd_train.lowrank.factors import (
 
 
 class Product:
-    """`plrd_train.lowrank.spectral.Spectral` of up (m, k) @ down (k, n)."""
+    """`plrd_train.lowrank.truncate.Spectral` of up (m, k) @ down (k, n)."""
 
     def __init__(self, up: Tensor, down: Tensor, left: Metric | Moment | None, right: Metric | Moment | None):
         (self._up, scale_up), (self._down, scale_down) = scaled(up, "up"), scaled(down, "down")

@@ -20,8 +20,8 @@ from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Shard
 from plrd_train.lowrank.factorizers import Factorizer, Statistic
 from plrd_train.lowrank.linear import LowRankLinear
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Factors, Spectral
 from plrd_train.lowrank.surgery import replace_linears
+from plrd_train.lowrank.truncate import Factors, Spectral
 from plrd_train.lowrank.walk import Block
 
 

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from plrd_train.lowrank.factorizers.refined import Factorizer as Refined
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Metric, Moment, of_dense, of_product, peak_bytes
+from plrd_train.lowrank.truncate import Metric, Moment, of_dense, of_product, peak_bytes
 
 
 def measured(work: Callable[[], object]) -> int:

@@ -15,7 +15,7 @@ from plrd_train.hub.models import build_model
 from plrd_train.lowrank import factorizers
 from plrd_train.lowrank.metrics import whitened_peak_bytes
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import peak_bytes
+from plrd_train.lowrank.truncate import peak_bytes
 
 LARGE = {"mistral": MISTRAL_7B, "llama_70b": LLAMA2_70B, "tiny": CONFIGS["llama"]}
 LARGE["four_blocks"] = MistralConfig(**{**LARGE["mistral"].to_dict(), "num_hidden_layers": 4, "layer_types": None})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor
 
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Spectral
+from plrd_train.lowrank.truncate import Spectral
 
 if TYPE_CHECKING:
     from plrd_train.lowrank.distributed import Decomposed, Shards

@@ -11,7 +11,7 @@ from torch import Tensor
 from plrd_train.lowrank.factorizers import Statistic
 from plrd_train.lowrank.metrics import by_channel
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Spectral, of_dense, of_product, peak_bytes
+from plrd_train.lowrank.truncate import Spectral, of_dense, of_product, peak_bytes
 
 
 @dataclass(frozen=True)

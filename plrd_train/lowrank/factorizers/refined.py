@@ -30,7 +30,7 @@ from plrd_train.lowrank.metrics import FLOOR, whitening
 from plrd_train.lowrank.owned import Kept
 from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.sequential import Made, Step, counted, factor, given, inside, steps
-from plrd_train.lowrank.spectral import Spectral, of_dense, of_product, peak_bytes
+from plrd_train.lowrank.truncate import Spectral, of_dense, of_product, peak_bytes
 from plrd_train.lowrank.walk import Block
 
 # What counts as evidence that a channel is what it was, as a share of what the text gives of that channel. It lies well above the rounding of sums in

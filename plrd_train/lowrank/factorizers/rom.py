@@ -18,7 +18,7 @@ from plrd_train.lowrank.metrics import whitened_peak_bytes, whitening
 from plrd_train.lowrank.owned import Kept
 from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.sequential import factor_block
-from plrd_train.lowrank.spectral import Spectral, of_dense, of_product
+from plrd_train.lowrank.truncate import Spectral, of_dense, of_product
 from plrd_train.lowrank.walk import Block
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from plrd_train.lowrank.factorizers import Statistic
 from plrd_train.lowrank.metrics import whitened_peak_bytes, whitening
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.spectral import Spectral, of_dense, of_product
+from plrd_train.lowrank.truncate import Spectral, of_dense, of_product
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plrd_train.lowrank.factors import rounding
-from plrd_train.lowrank.spectral import ABSOLUTE, Factors, Metric, Moment, of_dense, of_product
+from plrd_train.lowrank.truncate import ABSOLUTE, Factors, Metric, Moment, of_dense, of_product
 
 
 def matrix(m: int, n: int, decay: float, seed: int = 0) -> torch.Tensor:
