@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from plrd_train.lowrank.distributed import Decomposed, Shards, agreed, everywhere, owners
+from plrd_train.lowrank.distributed import Decomposed, Shards, agreed, owners
 from plrd_train.lowrank.factorizers import Factorizer
 from plrd_train.lowrank.factors import Factors
 from plrd_train.lowrank.owned import Kept, fingerprint, method_of, packed, unpacked
 from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.sequential import Made, factors_of, inside, put, refuse, shards
+from plrd_train.lowrank.sequential import Made, factors_of, inside, put_everywhere, refuse, shards
 from plrd_train.lowrank.walk import Block
 
 
@@ -78,11 +78,7 @@ class Finished:
             return None
         seconds = (time.perf_counter() - start) / max(len(names), 1)
         owner = owners(self._shapes, names, self._engine.world_size)
-        for name in names:
-            shape, rank, one = self._shapes[name], self._ranks[name], found.get(name)
-            up = everywhere(self._engine, one.up if one else None, (shape.out_features, rank), owner[name])
-            down = everywhere(self._engine, one.down if one else None, (rank, shape.in_features), owner[name])
-            put(block, name, up, down)
+        put_everywhere(self._engine, block, self._shapes, self._ranks, owner, found)
         return {name: Made(owner[name], seconds, *reports[owner[name]][name]) for name in names}
 
     def keep(self, block: Block, made: Mapping[str, Made]) -> None:

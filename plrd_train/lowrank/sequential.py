@@ -150,11 +150,7 @@ def factor(
         return reports
 
     told = {name: report for of_rank in agreed(engine, work) for name, report in of_rank.items()}
-    for name in step.names:
-        shape, rank, made = shapes[name], ranks[name], own.get(name)
-        up = everywhere(engine, made.up if made else None, (shape.out_features, rank), owner[name])
-        down = everywhere(engine, made.down if made else None, (rank, shape.in_features), owner[name])
-        put(block, name, up, down)
+    put_everywhere(engine, block, shapes, ranks, owner, own)
     return {name: Made(owner[name], *told[name]) for name in step.names}
 
 
@@ -188,13 +184,20 @@ def factors_of(block: Block, name: str) -> tuple[Tensor, Tensor]:
     return linear.up.weight.detach(), linear.down.weight.detach()
 
 
-def put(block: Block, name: str, up: Tensor, down: Tensor) -> None:
-    """Put the factors in the place of a Linear of the block; its bias stays."""
-    linear = name.removeprefix(f"{block.name}.")
-    old: Any = block.module.get_submodule(linear)
-    bias = old.up.bias if isinstance(old, LowRankLinear) else old.bias
-    replace_linears(block.module, {linear: len(down)})
-    new: Any = block.module.get_submodule(linear)
-    new.set_factors(up, down)
-    if bias is not None:
-        new.up.bias.copy_(bias)
+def put_everywhere(
+    engine: Shards, block: Block, shapes: Mapping[str, Shape], ranks: Mapping[str, int], owner: Mapping[str, int], own: Mapping[str, Factors]
+) -> None:
+    """Put factors in the place of Linears of the block, whose biases stay, on every rank: those of each name in `owner`, which that rank has in
+    `own`. A collective."""
+    for name in owner:
+        shape, rank, made = shapes[name], ranks[name], own.get(name)
+        up = everywhere(engine, made.up if made else None, (shape.out_features, rank), owner[name])
+        down = everywhere(engine, made.down if made else None, (rank, shape.in_features), owner[name])
+        linear = name.removeprefix(f"{block.name}.")
+        old: Any = block.module.get_submodule(linear)
+        bias = old.up.bias if isinstance(old, LowRankLinear) else old.bias
+        replace_linears(block.module, {linear: rank})
+        new: Any = block.module.get_submodule(linear)
+        new.set_factors(up, down)
+        if bias is not None:
+            new.up.bias.copy_(bias)
