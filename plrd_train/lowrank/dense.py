@@ -21,6 +21,7 @@ from plrd_train.lowrank.factors import (
     Factors,
     Metric,
     Moment,
+    bordered,
     check_rank,
     floored,
     gram,
@@ -131,11 +132,12 @@ class Dense:
         return up @ (change @ balance[0]).to(up), (balance[1] @ change.T).to(down) @ down
 
     def _decompose(self, dtype: torch.dtype) -> None:
-        moment = self._moment
+        moment, n = self._moment, self._weight.shape[1]
         try:
-            squares, vectors = torch.linalg.eigh(moment.gram(self._weight, dtype) if moment else gram(self._measured(dtype), dtype))
+            squares, vectors = torch.linalg.eigh(bordered(moment.gram(self._weight, dtype) if moment else gram(self._measured(dtype), dtype)))
         except torch.linalg.LinAlgError:  # no convergence, as GPU libraries have it of some matrices of low rank
             return self._decompose(torch.float64) if dtype != torch.float64 else self._decompose_exactly()
+        squares, vectors = squares[-n:], vectors[:n, -n:]
         off = rounding(dtype) * max(squares.norm().item(), moment.terms(self._weight) if moment else 0.0)
         if moment and squares[0].item() < -off:
             self._take_root()

@@ -16,6 +16,8 @@ ABSOLUTE = 5e-6
 _SAFE = (1e-8, 1e8)
 # Rows that are taken at a time: of a tall matrix to be copied to another dtype or compared, and of a moment.
 ROWS = 256
+# Rows of a multiple of so many bytes lie one on top of the other in the caches of a CPU.
+_PAGE, _BORDER = 4096, 16
 # The lower triangle of a Gram matrix is halved that often: so, it takes 9/16 of the multiplications of the whole. Below _SMALL the whole is faster.
 _HALVINGS, _SMALL = 3, 128
 
@@ -183,6 +185,19 @@ def _add_gram(out: Tensor, part: Tensor, halvings: int) -> None:
     _add_gram(out[:half, :half], left, halvings - 1)
     _add_gram(out[half:, half:], right, halvings - 1)
     out[half:, :half].addmm_(right.T, left)
+
+
+def bordered(lower: Tensor) -> Tensor:
+    """The lower triangle of a symmetric matrix (n, n) with a border that separates its rows in the caches, or itself where they are separate: LAPACK
+    takes a tenth to a quarter longer for 1024 or 2048 than for 16 more. The border's eigenvalues are the first in ascending order, by far, and its
+    eigenvectors are 0 in all other rows."""
+    n = len(lower)
+    if lower.device.type != "cpu" or n * lower.itemsize % _PAGE:
+        return lower
+    wide = lower.new_zeros(n + _BORDER, n + _BORDER)
+    wide[:n, :n] = lower
+    wide.diagonal()[n:] = -(2 * torch.linalg.vector_norm(lower) or 1.0)
+    return wide
 
 
 def symmetric(lower: Tensor) -> Tensor:

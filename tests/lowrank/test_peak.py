@@ -79,6 +79,11 @@ def test_anchored(shape):
     assert 2 * 4 * n**2 + found == pytest.approx(method.peak_bytes(Shape(m, n)), rel=0.15)
 
 
+def test_where_rows_are_of_a_page():
+    weight = torch.randn(1400, 1024, generator=torch.Generator().manual_seed(0))
+    assert measured(lambda: of_dense(weight).cut(260)) == pytest.approx(peak_bytes(Shape(1400, 1024), 260), rel=0.15)
+
+
 def test_where_float32_would_not_do():
     weight = torch.randn(1000, 600, generator=torch.Generator().manual_seed(0)) * torch.exp(-14 * torch.arange(600) / 600)
     found = measured(lambda: of_dense(weight).cut(300))

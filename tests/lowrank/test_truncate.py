@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plrd_train.lowrank.factors import rounding
+from plrd_train.lowrank.factors import bordered, rounding
 from plrd_train.lowrank.truncate import ABSOLUTE, Factors, Metric, Moment, of_dense, of_product
 
 
@@ -172,6 +172,38 @@ def test_an_eigensolver_that_does_not_converge_is_passed_over(monkeypatch, right
     monkeypatch.undo()
     assert set(refused) == set(failing)
     check_in_metrics(weight.double(), torch.eye(60, dtype=torch.float64), exact, values, factors, 15)
+
+
+@pytest.mark.parametrize("kind", ["definite", "indefinite", "low-rank", "zero", "tiny"])
+@pytest.mark.parametrize(("n", "dtype"), [(1024, torch.float32), (512, torch.float64)])
+def test_a_border_changes_no_eigenvalue_and_no_eigenvector(n, dtype, kind):
+    factor = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if kind == "low-rank":
+        factor[:, 5:] = 0
+    scale = {"zero": 0.0, "tiny": 1e-20}.get(kind, 1.0) / n
+    square = scale * (factor + factor.T if kind == "indefinite" else factor @ factor.T).to(dtype)
+    wide = bordered(square.tril() + torch.triu(torch.ones(n, n), 1).to(dtype))  # above the diagonal anything may stand
+    assert len(wide) > n
+    values, vectors = torch.linalg.eigh(wide)
+    values, vectors = values[-n:], vectors[:n, -n:].double()
+    expected = torch.linalg.eigvalsh(square.double())
+    exact = 100 * torch.finfo(dtype).eps  # LAPACK promises a multiple of n
+    assert (values.double() - expected).abs().max() <= exact * expected.abs().max()
+    assert (vectors.T @ vectors - torch.eye(n)).abs().max() <= exact
+    assert (square.double() @ vectors - vectors * expected).norm() <= n**0.5 * exact * expected.abs().max()
+
+
+@pytest.mark.parametrize("n", [1000, 2])
+def test_other_matrices_get_no_border(n):
+    square = torch.eye(n)
+    assert bordered(square) is square
+
+
+@pytest.mark.parametrize("rank", [100, 700])
+def test_dense_is_optimal_where_rows_are_of_a_page(rank):
+    weight = matrix(1100, 1024, 3).float()
+    factors = of_dense(weight).cut(rank)
+    check(weight, factors.up, factors.down, rank, factors.rel_error)
 
 
 def test_one_decomposition_serves_all_ranks():
