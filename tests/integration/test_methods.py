@@ -39,7 +39,8 @@ def test_a_family_by_each_method(command, tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "ranks"), [("whitened", "energy"), pytest.param("whitened", "uniform", marks=SLOW), ("refined", "uniform"), ("rom", "energy")]
+    ("method", "ranks"),
+    [("whitened", "energy"), pytest.param("whitened", "uniform", marks=SLOW), ("refined", "uniform"), pytest.param("rom", "energy", marks=SLOW)],
 )
 def test_a_run_that_was_killed_while_it_factored_goes_on_with_what_it_had_kept(command, tmp_path, method, ranks):
     undisturbed = family(command, tmp_path / "undisturbed", 2, method, f"ranks={ranks}", "stages.ratios=[1.6]")
