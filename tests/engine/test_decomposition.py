@@ -2,15 +2,15 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from processes import run_ranks
-from sharded import opened, shapes_of
+from sharded import Dying, opened, shapes_of
 from torch import Tensor
 
 from plrd_train.lowrank.distributed import DecompositionError, Spectra, decompose, rounds
@@ -109,15 +109,6 @@ def test_the_next_round_is_gathered_while_this_one_is_factored(save_parent, engi
             assert all(f"begin {name}.weight" in events[:now] and f"end {name}.weight" not in events[:now] for name in following)
 
 
-class Dying(KeptFactors):
-    """Its process ends, as by a kill, in place of the third file."""
-
-    def put(self, name, key, tensors):
-        if len(list(self._folder.glob("*.safetensors"))) >= 3:
-            os._exit(9)
-        super().put(name, key, tensors)
-
-
 def factored(world, folder, kept_folder, store=KeptFactors, ratios=(2,), change=False):
     """For each of `ratios`: this rank's shards, and how many weights it has factored."""
     engine = opened(world, "fsdp", folder)
@@ -145,7 +136,7 @@ def test_what_a_crashed_decomposition_had_finished_is_not_done_again(save_parent
     undisturbed = run_ranks(2, factored, folder, None)
     (everything,) = counted(undisturbed)
     with pytest.raises((RuntimeError, EOFError)):
-        run_ranks(2, factored, folder, kept, Dying)
+        run_ranks(2, factored, folder, kept, partial(Dying, 3))
     finished = len(list(kept.glob("*.safetensors")))
     assert 3 <= finished < everything
     (kept / "model.layers.0.mlp.up_proj.rank-16.part").write_bytes(b"cut short")

@@ -1,13 +1,12 @@
 """Blocks of a walk that a crashed decomposition had finished, on real gloo processes: taken from there, where they are what is asked for."""
 
-import os
-from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
 from processes import run_ranks
-from sharded import architecture, opened, shapes_of
+from sharded import Dying, architecture, opened, shapes_of
 
 from plrd_train.lowrank.distributed import DecompositionError
 from plrd_train.lowrank.factorizers import refined, rom
@@ -19,9 +18,8 @@ SETTINGS = {"rom": {"calibration_tokens": 1}, "refined": {"calibration_tokens": 
 BLOCK = 7  # Linears of one, of two blocks
 
 
-@dataclass(frozen=True)
-class Rom(rom.Factorizer):
-    """rom that notes which Linears it decomposes."""
+class Noting:
+    """A method that notes each Linear that it decomposes."""
 
     done: ClassVar[list[int]] = []
 
@@ -30,24 +28,12 @@ class Rom(rom.Factorizer):
         return super().dense(weight, statistic)
 
 
-@dataclass(frozen=True)
-class Refined(refined.Factorizer):
-    """Likewise."""
-
-    done: ClassVar[list[int]] = []
-
-    def dense(self, weight, statistic):
-        self.done.append(1)
-        return super().dense(weight, statistic)
+class Rom(Noting, rom.Factorizer):
+    pass
 
 
-class Dying(KeptFactors):
-    """Its process ends, as by a kill, in place of the tenth file: the third of the second block."""
-
-    def put(self, name, key, tensors):
-        if len(list(self._folder.glob("*.safetensors"))) >= BLOCK + 2:
-            os._exit(9)
-        super().put(name, key, tensors)
+class Refined(Noting, refined.Factorizer):
+    pass
 
 
 def factored(world, name, folder, method, kept_folder, store=KeptFactors, rank=10, text=TEXT, changed=None):
@@ -89,7 +75,7 @@ def test_finished_blocks_outlive_a_crash(save_parent, tmp_path, engine, method):
     undisturbed = run_ranks(2, factored, engine, folder, method, None)
     assert counted(undisturbed) == 2 * BLOCK
     with pytest.raises((RuntimeError, EOFError)):
-        run_ranks(2, factored, engine, folder, method, kept, Dying)
+        run_ranks(2, factored, engine, folder, method, kept, partial(Dying, BLOCK + 2))
     assert BLOCK < len(list(kept.glob("*.safetensors"))) < 2 * BLOCK
     resumed = run_ranks(2, factored, engine, folder, method, kept)
     assert counted(resumed) == BLOCK and same(resumed, undisturbed)
