@@ -22,6 +22,8 @@ from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.truncate import Factors
 
 NONE: Mapping[str, Statistic] = MappingProxyType({})
+# What a weight that cannot be factored, and a folder in which factors cannot be kept, raise.
+_FAILURES = (ValueError, OSError, torch.linalg.LinAlgError)
 
 
 class Shards(Protocol):
@@ -55,11 +57,15 @@ def everywhere(engine: Shards, tensor: Tensor | None, shape: tuple[int, ...], ow
 
 def agreed(engine: Shards, work: Callable[[], Any]) -> list:
     """What `work` gives on every rank, in rank order. A collective; raises DecompositionError, on every rank alike, where it fails on one."""
-    value, failure = None, None
     try:
-        value = work()
-    except (ValueError, OSError, torch.linalg.LinAlgError) as error:
-        failure = str(error)
+        value, failure = work(), None
+    except _FAILURES as error:
+        value, failure = None, str(error)
+    return _settled(engine, value, failure)
+
+
+def _settled(engine: Shards, value: Any, failure: str | None) -> list:
+    """The `value` of every rank, in rank order. A collective; raises DecompositionError, on every rank alike, where one has a `failure`."""
     reports = engine.share((value, failure))
     for _, failed in reports:
         if failed:
@@ -190,10 +196,9 @@ class Spectra:
 
 @dataclass(frozen=True)
 class _Report:
-    """How the work of one rank ended: what all are to know of it, or why it failed."""
+    """What all are to know of the work of one rank."""
 
     value: Any
-    failure: str | None
     seconds: float
 
 
@@ -215,20 +220,20 @@ def _in_rounds(
     for i, names in enumerate(dealt):
         parts = coming()
         coming = gather(dealt[i + 1]) if i + 1 < len(dealt) else list
-        result, report = None, _Report(None, None, 0.0)
+        result, report, failure = None, _Report(None, 0.0), None
         if engine.rank in names:
             start = time.perf_counter()
             try:
                 result = work(names[engine.rank], parts)
-                report = _Report(told(result), None, time.perf_counter() - start)
-            except (ValueError, OSError, torch.linalg.LinAlgError) as error:
-                report = _Report(None, f"{names[engine.rank]}: {error}", 0.0)
+                report = _Report(told(result), time.perf_counter() - start)
+            except _FAILURES as error:
+                failure = f"{names[engine.rank]}: {error}"
         del parts
-        reports = engine.share(report)
-        for failed in reports:
-            if failed.failure:
-                coming()  # what has begun must end before anything else does
-                raise DecompositionError(failed.failure)
+        try:
+            reports = _settled(engine, report, failure)
+        except DecompositionError:
+            coming()  # what has begun must end before anything else does
+            raise
         yield names, result, reports
 
 
