@@ -24,13 +24,14 @@ from plrd_train.hub.members import publish
 from plrd_train.hub.modeling_plrd import model_ranks
 from plrd_train.hub.models import HubArchitecture, check_attention
 from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, open_parent
+from plrd_train.hub.reach import check_in_order, check_lengths, notes, shapes_of
+from plrd_train.hub.tokenization import compare
 from plrd_train.hub.weights import WeightReader, parent_dtype
 from plrd_train.lowrank.calibration import collect
 from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Spectra
 from plrd_train.lowrank.factorizers import Statistic
 from plrd_train.lowrank.ranks import ALLOCATIONS, Measured, Shape
 from plrd_train.lowrank.sensitivity import measure
-from plrd_train.lowrank.surgery import eligible_linears
 from plrd_train.lowrank.walk import Block, gathered, walk
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
 from plrd_train.recover.guard import Guard
@@ -92,8 +93,10 @@ class Run:
         parent = world.on_main(lambda: open_parent(config.parent.path, config.parent.revision or "main", remote_code))
         self.parent = world.node_by_node(lambda: on_this_node(parent, remote_code))
         self.tokenizer = world.on_all(lambda: load_tokenizer(self.parent, remote_code))
+        world.on_main(lambda: compare(self.tokenizer, Path(self.parent.folder), self._train))
         self._parent_config = world.on_all(lambda: load_config(self.parent))
         world.on_all(lambda: check_attention(self._parent_config, config.parent.attention))
+        world.on_all(self._check_parent)
         self._dtype = world.on_main(lambda: parent_dtype(self.parent))
         self._held_out: list[EvalDocument] = world.on_main(
             lambda: evaluation_documents(held_out, self.tokenizer, config.evaluation.context, config.evaluation.tokens, config.data.skip_bad)
@@ -112,6 +115,15 @@ class Run:
         self._branch_of: Snapshot | None = None  # the trunk, of a stage that goes on in its branch
         self._loader = world.on_all(lambda: open_loader(config, world, self._train, self.tokenizer))
         self._tracker = open_tracker(config, world, run_dir, sum(budgets))
+
+    def _check_parent(self) -> None:
+        """Raise UserError where this parent cannot be what the config asks for, and say what of it stays whole."""
+        config, hub_config, path = self.config, self._parent_config, self.config.parent.path
+        check_lengths(hub_config, {"data.seq_len": config.data.seq_len, "evaluation.context": config.evaluation.context}, path)
+        if config.factorizer.settings.sequential:
+            check_in_order(hub_config, config.factorizer.name, path)
+        for note in (*self.parent.notes, *notes(hub_config, config.stages.ratios)):
+            console.say(f"note: {note}")
 
     # The trunk
 
@@ -162,11 +174,8 @@ class Run:
 
     def shapes(self) -> dict[str, Shape]:
         """The eligible Linears of the model in the engine."""
-        linears = self.config.linears
-        shapes = {name: Shape.of(linear) for name, linear in eligible_linears(self.engine.model, linears.include, linears.exclude)}
-        if not shapes:
-            raise SharedError(f"linears: no Linear of {self.config.parent.path} is left to factor; mend linears.include and linears.exclude")
-        return shapes
+        linears, path = self.config.linears, self.config.parent.path
+        return self.world.on_all(lambda: shapes_of(self.engine.model, self._parent_config, linears.include, linears.exclude, path))
 
     def ranks(self, stage: Stage, shapes: Mapping[str, Shape], spectra: Spectra | None = None) -> dict[str, int]:
         """The rank of each Linear that is low-rank at the ratio of `stage`; by the `spectra` of all of them, where the allocation looks at them. A

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -105,9 +106,46 @@ def _parse(line: bytes) -> Document:
     return Document(text, domain if isinstance(domain, str) else "unknown")
 
 
+def limit_ids(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Let `encode` refuse the tokens of `tokenizer` whose ids lie past the `embeddings` of its model, if there are any."""
+    if max(tokenizer.get_vocab().values(), default=0) >= embeddings:
+        tokenizer.embeddings = embeddings
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a whole text, with the special tokens that this tokenizer adds by its own rule."""
-    return tokenizer(text, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    """The token ids of a whole text, with the special tokens that this tokenizer adds by its own rule. Raises UserError for a token that
+    `limit_ids` has ruled out."""
+    ids = tokenizer(text, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    embeddings = getattr(tokenizer, "embeddings", None)
+    if embeddings is not None and (largest := max(ids, default=0)) >= embeddings:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        told = f"a text holds {token!r}, whose id {largest} lies past the {embeddings} embeddings of the model"
+        raise UserError(f"{told}; take it out of the text, or of the tokenizer's added tokens")
+    return ids
+
+
+@contextmanager
+def named(shard: str) -> Iterator[None]:
+    """Inside, what a document of the shard is refused for names the shard."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{shard}: {error}") from None
+
+
+def sample_of(corpus: Corpus, characters: int = 100_000) -> list[str]:
+    """The first documents of a corpus, about so many `characters` of them. What cannot be read ends the sample: who reads it all says so."""
+    texts: list[str] = []
+    try:
+        for shard in corpus.shards:
+            for document in read_documents(shard, skip_bad=True):
+                texts.append(document.text)
+                characters -= len(document.text)
+                if characters <= 0:
+                    return texts
+    except UserError:
+        pass
+    return texts
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -129,7 +167,8 @@ def evaluation_documents(
     predicted = 0
     for shard in corpus.shards:
         for document in read_documents(shard, skip_bad=skip_bad, skipped=skipped):
-            ids = encode(tokenizer, document.text)[:context]
+            with named(shard):
+                ids = encode(tokenizer, document.text)[:context]
             if len(ids) < 2:
                 continue
             predicted += len(ids) - 1

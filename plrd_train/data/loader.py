@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import sys
 import threading
 from collections import Counter, deque
@@ -64,6 +65,8 @@ class Loader:
         """Raises UserError where `append_eos` is asked of a tokenizer that has no EOS."""
         if append_eos and tokenizer.eos_token_id is None:
             raise UserError("data.append_eos=true, but this tokenizer has no EOS token; set data.append_eos=false")
+        if append_eos and tokenizer.eos_token_id >= getattr(tokenizer, "embeddings", math.inf):
+            raise UserError("data.append_eos=true, but the model has no embedding for the EOS token of this tokenizer; set data.append_eos=false")
         self._tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers refuse to be used by two threads at once
         self._eos = [tokenizer.eos_token_id] if append_eos else []
         self._identity = {"corpus": corpus.fingerprint, "tokenizer": fingerprint(self._tokenizer), "seed": seed, "streams": streams}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plrd_train.data.documents import Document
+from plrd_train.data.documents import Document, named
 from plrd_train.errors import UserError
 
 _UNIT_ORDER, _DOCUMENT_ORDER = 0, 1  # keep the two families of permutations apart
@@ -105,7 +105,8 @@ class Stream:
                 shuffled = _permutation(len(documents), _DOCUMENT_ORDER, self._seed, epoch, unit.number)
                 for place in range(start.document, len(shuffled)):
                     document = documents[shuffled[place]]
-                    ids = np.asarray(self._encode(document), dtype=np.int64)
+                    with named(unit.shard):
+                        ids = np.asarray(self._encode(document), dtype=np.int64)
                     found = found or len(ids) > 0
                     yield Cursor(epoch, turn, place, start.offset), document.domain, ids
                     start = START

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from plrd_train.engine import MOMENTS, AdamW, Architecture, Moments, Weights, check_shape, put_factors
 from plrd_train.lowrank.distributed import Decomposed
+from plrd_train.lowrank.walk import blocks_of
 from plrd_train.world import SharedError, World
 
 
@@ -34,12 +35,6 @@ class Options:
 
 def open_engine(options: Options, world: World) -> "FSDP":
     return FSDP(options, world)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a Hugging Face model: the units that are sharded, checkpointed and compiled."""
-    names = getattr(model, "_no_split_modules", None) or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 class FSDP:
@@ -96,7 +91,7 @@ class FSDP:
         mixed = (
             MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if self.options.dtype == "bf16" else MixedPrecisionPolicy()
         )
-        for block in _blocks(model):
+        for block in blocks_of(model).values():  # the units that are sharded, checkpointed and compiled
             if self.options.compile:
                 block.compile()
             fully_shard(block, mesh=self._mesh, mp_policy=mixed)

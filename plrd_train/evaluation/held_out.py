@@ -7,6 +7,7 @@ from plrd_train.data.corpus import Corpus
 from plrd_train.data.documents import evaluation_documents
 from plrd_train.evaluation.perplexity import Perplexity, perplexity
 from plrd_train.evaluation.published import Published
+from plrd_train.hub.tokenization import compare
 from plrd_train.tracking import console
 
 
@@ -22,6 +23,7 @@ class HeldOut:
 
     def measure(self, published: Published, name: str) -> Perplexity:
         """Perplexity of a model, with progress under its `name`. Raises what `evaluation_documents` raises."""
+        compare(published.tokenizer, published.folder, self.corpus)
         skipped = Counter[str]()
         documents = evaluation_documents(self.corpus, published.tokenizer, self.context, self.tokens, self.skip_bad, skipped)
         for reason, count in skipped.items():

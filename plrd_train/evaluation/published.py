@@ -1,21 +1,23 @@
 """A published model, whole on this one process, as anyone would load it: a member, or a parent."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from plrd_train.errors import UserError
-from plrd_train.hub.parents import Parent, load_tokenizer, open_parent
+from plrd_train.hub.parents import Parent, load_config, load_tokenizer, open_parent
 from plrd_train.hub.weights import WeightReader
 
 
 @dataclass(frozen=True)
 class Published:
-    """`model` in evaluation mode on `device`, and its own tokenizer; `perplexity` takes it for an engine of a single rank."""
+    """`model` in evaluation mode on `device`, and its own tokenizer, from `folder`; `perplexity` takes it for an engine of a single rank."""
 
     path: str
+    folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
@@ -53,9 +55,17 @@ def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto",
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
+            files.folder,
+            config=load_config(files),
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
         model, info = loaded
+        if getattr(model, "_hf_peft_config_loaded", False):  # peft, where installed, adds an adapter that lies beside the weights
+            model.disable_adapters()
         model.to(device)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{files.path}: does not load ({' '.join(str(error).split())})") from error
@@ -64,4 +74,4 @@ def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto",
     for name, parameter in model.named_parameters():
         if not all(bound.isfinite() for bound in parameter.aminmax()):
             raise UserError(f"{files.path}: {name} holds NaN or infinity; fetch it again, or choose another model")
-    return Published(files.path, model, tokenizer, device)
+    return Published(files.path, Path(files.folder), model, tokenizer, device)

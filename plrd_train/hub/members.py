@@ -19,7 +19,8 @@ from plrd_train.engine import Engine
 from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import VARIANT, with_ranks
 from plrd_train.hub.models import build_model
-from plrd_train.hub.parents import TOKENIZER_CODE, TOKENIZER_FILES, Parent
+from plrd_train.hub.parents import Parent
+from plrd_train.hub.tokenization import copy_tokenizer
 
 
 class MemberWriter:
@@ -57,9 +58,9 @@ class MemberWriter:
         self.draft.mkdir(parents=True)
         try:
             config.save_pretrained(self.draft)
-            for pattern in (*TOKENIZER_FILES, TOKENIZER_CODE, "generation_config.json"):
-                for file in Path(parent.folder).glob(pattern):
-                    shutil.copyfile(file, self.draft / file.name)
+            copy_tokenizer(Path(parent.folder), self.draft, as_stored=parent.tokenizer_as_stored)
+            for file in Path(parent.folder).glob("generation_config.json"):
+                shutil.copyfile(file, self.draft / file.name)
         except BaseException:
             self.close()
             raise

@@ -11,6 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import with_ranks
+from plrd_train.hub.probe import Probe, probe
+from plrd_train.lowrank.distributed import DecompositionError
+from plrd_train.lowrank.walk import blocks_of
 
 
 def build_model(config: PreTrainedConfig, ranks: Mapping[str, int] | None = None, attention: str | None = None) -> PreTrainedModel:
@@ -22,6 +25,19 @@ def build_model(config: PreTrainedConfig, ranks: Mapping[str, int] | None = None
     """
     config = copy.deepcopy(config) if ranks is None else with_ranks(config, ranks)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False)
+
+
+_PROBED: dict[str, Probe] = {}
+
+
+def probed(config: PreTrainedConfig) -> Probe:
+    """What a forward of the causal LM of `config` shows (`plrd_train.hub.probe`), found once in a process."""
+    key = f"{type(config).__qualname__} {config.to_json_string()}"
+    if key not in _PROBED:
+        with torch.device("meta"):
+            model = build_model(config)
+        _PROBED[key] = probe(model, blocks_of(model))
+    return _PROBED[key]
 
 
 def described(values: Mapping[str, Any]) -> PreTrainedConfig:
@@ -87,7 +103,7 @@ def _without_parameters(module: nn.Module) -> nn.Module:
 @dataclass(frozen=True)
 class HubArchitecture:
     """The causal LM of `config` with the Linears of `ranks` low-rank, and that `attention` (see `build_model`): what
-    `plrd_train.engine.Architecture` asks for."""
+    `plrd_train.engine.Architecture` and `plrd_train.lowrank.walk.Architecture` ask for."""
 
     config: PreTrainedConfig
     ranks: Mapping[str, int] | None = None
@@ -98,3 +114,10 @@ class HubArchitecture:
 
     def refill(self, model: nn.Module) -> None:
         refill_buffers(cast(PreTrainedModel, model))
+
+    def outputs(self) -> Mapping[str, int]:
+        """As `plrd_train.lowrank.walk.Architecture` asks for it."""
+        found = probed(self.config)
+        if found.unchained is not None:
+            raise DecompositionError(f"its blocks cannot be taken one after the other: {found.unchained}")
+        return found.outputs

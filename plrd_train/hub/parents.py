@@ -2,37 +2,42 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plrd_train.data.documents import PROBE, encode
+from plrd_train.data.documents import PROBE, encode, limit_ids
 from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import VARIANT
 from plrd_train.hub.models import build_model
+from plrd_train.hub.names import Names, changing_values, grouped, match, told
+from plrd_train.hub.tokenization import TOKENIZER_CODE, TOKENIZER_FILES, VOCABULARY_FILES, examine, load
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
-_TOKENIZER_SETTINGS = (
-    "tokenizer_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-TOKENIZER_FILES = (*VOCABULARY_FILES, *_TOKENIZER_SETTINGS)
-TOKENIZER_CODE = "tokenization*.py"
 # Single file before index, as transformers looks for them.
 _WEIGHT_FILES = ("model.safetensors", f"model.{VARIANT}.safetensors")
+ADAPTER = "adapter_config.json"
+_MERGE = "peft.AutoPeftModelForCausalLM.from_pretrained({!r}).merge_and_unload().save_pretrained(FOLDER)"
+# Rows of two tensors that are compared at a time.
+_ROWS = 4096
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# What config.json may say of how to run the model, and is for the caller to say.
+_SWITCHES = {
+    "_attn_implementation": None,
+    "_experts_implementation": None,
+    "_output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "use_cache": True,
+}
 _INDEX_FILES = ("model.safetensors.index.json", f"model.safetensors.index.{VARIANT}.json")
 
 
@@ -40,13 +45,18 @@ _INDEX_FILES = ("model.safetensors.index.json", f"model.safetensors.index.{VARIA
 class Parent:
     """A model on this machine: everything a rank needs to read it. Plain values only, so it travels as JSON or in a broadcast.
 
-    path: as the user gave it; revision: commit hash of a hub id, None for a folder; folder: where its files lie; weights: {tensor name: file name}.
+    path: as the user gave it; revision: commit hash of a hub id, None for a folder; folder: where its files lie; weights: {tensor name: file name} of
+    the tensors that the model has a place for. own_head: config.json ties lm_head to the embeddings, and the weights hold another one, which counts.
+    notes: lines for the user on what was found.
     """
 
     path: str
     revision: str | None
     folder: str
     weights: dict[str, str]
+    own_head: bool = False
+    tokenizer_as_stored: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def open_parent(path: str, revision: str = "main", trust_remote_code: bool = False) -> Parent:
@@ -58,16 +68,35 @@ def open_parent(path: str, revision: str = "main", trust_remote_code: bool = Fal
     folder, commit = Path(path).expanduser().absolute(), None
     if not folder.is_dir():
         folder, commit = _download(path, revision, trust_remote_code)
+    adapter = (folder / ADAPTER).is_file()
     if not (folder / "config.json").is_file():
-        raise UserError(f"parent {path}: has no config.json; give the folder of a Hugging Face model")
+        mend = f"merge this adapter into its base model: {_MERGE.format(path)}" if adapter else "give the folder of a Hugging Face model"
+        raise UserError(f"parent {path}: has no config.json; {mend}")
     parent = Parent(path, commit, str(folder), weights={})
-    check_architecture(load_config(parent), folder)
+    config = load_config(parent)
+    model = check_architecture(config, folder)
     if not any(file for pattern in VOCABULARY_FILES for file in folder.glob(pattern)):
         raise UserError(f"parent {path}: has no tokenizer; copy its tokenizer.json or tokenizer.model, and tokenizer_config.json, beside config.json")
     weights = _weight_map(folder, path)
     if not weights:
         raise UserError(f"parent {path}: its safetensors hold no weights; fetch it again")
-    return dataclasses.replace(parent, weights=weights)
+    names = match(model, weights)
+    if changing := changing_values(model, names):
+        held = f"{folder / weights[changing[0]]}: holds {grouped(changing)} beside weights of the model, whose values depend on them"
+        raise UserError(f"{held}; give the unquantized, merged model, or a config.json that knows them")
+    notes = told(model, names)
+    if own_head := _has_own_head(model, names, folder, weights):
+        notes.append(f"config.json ties the output head to the embeddings, and the weights hold {own_head} of other values: it is taken, untied")
+    if adapter:
+        notes.append(f"{ADAPTER} lies beside the weights: the adapter is left out; to have it in, merge it once: {_MERGE.format(path)}")
+    tokenization = examine(folder, config)
+    return dataclasses.replace(
+        parent,
+        weights={key: file for key, file in weights.items() if key not in names.left_out},
+        own_head=own_head is not None,
+        tokenizer_as_stored=tokenization.as_stored,
+        notes=notes + tokenization.notes,
+    )
 
 
 def on_this_node(parent: Parent, trust_remote_code: bool = False) -> Parent:
@@ -87,7 +116,7 @@ def load_config(parent: Parent) -> PreTrainedConfig:
             raise UserError(f"{file}: asks for custom code, which is never run for a model; give one that transformers knows by itself") from None
         raise UserError(f"{file}: {_first_line(error)}") from error
     architecture = getattr(config, "parent_class", type(config))
-    names = config.architectures or ["ForCausalLM"]
+    names = config.architectures or [_class_name(architecture)]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f'{file}: needs "architectures": [class name]; fetch it again')
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING or not any("CausalLM" in name or "LMHead" in name for name in names):
@@ -100,14 +129,19 @@ def load_config(parent: Parent) -> PreTrainedConfig:
         size = getattr(config.get_text_config(), key, 1)
         if type(size) is not int or size < 1:
             raise UserError(f"{file}: {key} is {size!r}, which is no size; fetch it again")
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for key, value in _SWITCHES.items():
+            setattr(part, key, value)
+        if parent.own_head:
+            part.tie_word_embeddings = False
     return config
 
 
-def check_architecture(config: PreTrainedConfig, folder: Path) -> None:
-    """Raise UserError where transformers cannot make a model of this config, which lies in `folder`. Nothing is allocated."""
+def check_architecture(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """The model of this config, which lies in `folder`, on the meta device. Raises UserError where transformers cannot make one."""
     try:
         with torch.device("meta"):
-            build_model(config)
+            return build_model(config)
     except Exception as error:  # whatever an architecture stumbles over: a name that it does not know, sizes that do not go together
         raise UserError(
             f"{folder / 'config.json'}: no model can be made of it ({type(error).__name__}: {_first_line(error)}); fetch it again"
@@ -115,21 +149,23 @@ def check_architecture(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def load_tokenizer(parent: Parent, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The parent's own tokenizer. Raises UserError where it does not load or knows more tokens than the model has embeddings."""
-    config = load_config(parent)
+    """The parent's own tokenizer. Raises UserError where it does not load, and where it knows more tokens than the model has embeddings, those apart
+    that were added: `encode` refuses them."""
+    config, folder = load_config(parent), Path(parent.folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(parent.folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = load(folder, config, as_stored=parent.tokenizer_as_stored, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers and sentencepiece raise what they like, bare Exception included
         raise UserError(f"parent {parent.path}: its tokenizer does not load ({_first_line(error)})") from error
-    vocabulary = config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"parent {parent.path}: its tokenizer has {len(tokenizer)} tokens, config.json a vocab_size of {vocabulary}: not of one model"
-        )
-    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocabulary:
-        raise UserError(f"parent {parent.path}: its tokenizer knows an id of {largest}, config.json a vocab_size of {vocabulary}: not of one model")
+    embeddings = config.get_text_config().vocab_size
+    added = tokenizer.get_added_vocab()
+    largest = max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=0)
+    if largest >= embeddings:
+        raise UserError(f"parent {parent.path}: its tokenizer knows an id of {largest}, config.json a vocab_size of {embeddings}: not of one model")
+    limit_ids(tokenizer, embeddings)
     try:
         encode(tokenizer, PROBE)
+    except UserError as error:
+        raise UserError(f"parent {parent.path}: {error}") from None
     except Exception as error:
         raise UserError(f"parent {parent.path}: its tokenizer does not encode a text ({_first_line(error)}); fetch it again") from error
     return tokenizer
@@ -138,7 +174,7 @@ def load_tokenizer(parent: Parent, trust_remote_code: bool = False) -> PreTraine
 def _download(path: str, revision: str, trust_remote_code: bool) -> tuple[Path, str]:
     """(snapshot folder, commit) of a hub id; the library's own cache and HF_TOKEN are used."""
     code = [TOKENIZER_CODE] if trust_remote_code else []
-    patterns = ["config.json", "generation_config.json", *TOKENIZER_FILES, *code, "model*.safetensors", *_INDEX_FILES]
+    patterns = ["config.json", "generation_config.json", ADAPTER, *TOKENIZER_FILES, *code, "model*.safetensors", *_INDEX_FILES]
     with hub_errors(path, revision, "neither a folder nor a hub id that can be reached ({})"):
         validate_repo_id(path)
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
@@ -161,6 +197,31 @@ def hub_errors(path: str, revision: str, unreachable: str) -> Iterator[None]:
         raise UserError(f"parent {path}: no such folder, and no such model on the hub (for a private one set HF_TOKEN)") from None
     except Exception as error:  # connection, proxy, server and cache errors come from several libraries
         raise UserError(f"parent {path}: {unreachable.format(_first_line(error))}") from error
+
+
+def _class_name(architecture: type[PreTrainedConfig]) -> str:
+    """The class that AutoModelForCausalLM makes of such a config, "" where it makes none."""
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(architecture, None)
+    return made.__name__ if made else ""
+
+
+def _has_own_head(model: PreTrainedModel, names: Names, folder: Path, weights: Mapping[str, str]) -> str | None:
+    """The stored tensor that the model ties to another one, of other values, as transformers' from_pretrained finds it."""
+    for target, source in model.all_tied_weights_keys.items():
+        head, embeddings = names.taken.get(target), names.taken.get(source)
+        if head is None or embeddings is None or head == embeddings:
+            continue
+        if not _equal(folder / weights[head], head, folder / weights[embeddings], embeddings):
+            return head
+    return None
+
+
+def _equal(file: Path, name: str, other_file: Path, other: str) -> bool:
+    with safe_open(file, framework="pt") as one, safe_open(other_file, framework="pt") as two:
+        a, b = one.get_slice(name), two.get_slice(other)
+        if a.get_shape() != b.get_shape():
+            return False
+        return all(torch.equal(a[i : i + _ROWS], b[i : i + _ROWS]) for i in range(0, a.get_shape()[0], _ROWS))
 
 
 def _weight_map(folder: Path, path: str) -> dict[str, str]:

@@ -1,19 +1,20 @@
 """Reading a parent's weights a few rows at a time, so that no rank needs to hold more than its own share."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from plrd_train.errors import UserError
 from plrd_train.hub.models import build_model
+from plrd_train.hub.names import match
 from plrd_train.hub.parents import Parent, load_config
+
+# Any other dtype, float8 included, needs scales or tables that lie elsewhere.
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightReader:
@@ -29,9 +30,8 @@ class WeightReader:
         self._open: dict[Path, safe_open] = {}
         with torch.device("meta"):
             model = build_model(load_config(parent))
-        self._stored, self._converted = dict[str, str](), dict[str, str]()
-        for stored, name, as_it_is in _names_in_model(model, parent):
-            (self._stored if as_it_is else self._converted)[name] = stored
+        names = match(model, parent.weights)
+        self._stored, self._converted = names.taken, names.converted
         owner = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in self._stored}
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name not in self._stored and id(tensor) in owner:
@@ -70,7 +70,7 @@ class WeightReader:
             if self.shape(name) != shapes[name]:
                 told = f"{stored} has shape {tuple(self.shape(name))}, but config.json asks for {tuple(shapes[name])}"
                 raise UserError(f"{file}: {told}; they are not of one model, fetch both again")
-            if name in self._parameters and not self.dtype(name).is_floating_point:
+            if name in self._parameters and self.dtype(name) not in _DTYPES:
                 raise UserError(f"{file}: {stored} is stored as {str(self.dtype(name)).removeprefix('torch.')}; give the unquantized model")
 
     def _find(self, name: str) -> tuple[Path, str]:
@@ -105,15 +105,3 @@ def parent_dtype(parent: Parent) -> torch.dtype:
 def _dtype(handle: safe_open, name: str) -> torch.dtype:
     tensor = handle.get_slice(name)
     return (tensor[:0] if tensor.get_shape() else handle.get_tensor(name)).dtype
-
-
-def _names_in_model(model: PreTrainedModel, parent: Parent) -> Iterator[tuple[str, str, bool]]:
-    """(name in the file, name in the model, whether the tensor is taken as it is) by the rules of transformers' own from_pretrained."""
-    rules, state = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    for stored in sorted(parent.weights, key=dot_natural_key):
-        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if name not in state and stored in state:
-            name, converter = stored, None
-        yield stored, name, converter is None

@@ -1,7 +1,7 @@
 """Which Linears of a model are factored, and their replacement by low-rank ones."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -15,12 +15,12 @@ def _embeddings(model: nn.Module) -> set[int]:
 
 
 def eligible_linears(
-    model: nn.Module, include: Sequence[str] = (".*",), exclude: Sequence[str] = ()
+    model: nn.Module, include: Sequence[str] = (".*",), exclude: Sequence[str] = (), fixed: Collection[str] = ()
 ) -> Iterator[tuple[str, nn.Linear | LowRankLinear]]:
     """Yield (name, module) of each Linear, dense or already low-rank, that may be factored, in the model's own order.
 
     `include` and `exclude` are regular expressions matched against the whole module name; a name that matches both is left out.
-    The embeddings and the output projection (lm_head) are never eligible.
+    The embeddings, the output projection (lm_head) and the Linears named in `fixed` are never eligible.
     """
     kept = _embeddings(model)
     chosen, refused = (re.compile("|".join(f"(?:{p})" for p in patterns) or r"(?!)") for patterns in (include, exclude))
@@ -32,7 +32,7 @@ def eligible_linears(
             continue
         if isinstance(module, LowRankLinear):
             inside.append(name + ".")
-        if chosen.fullmatch(name) and not refused.fullmatch(name):
+        if name not in fixed and chosen.fullmatch(name) and not refused.fullmatch(name):
             yield name, module
 
 

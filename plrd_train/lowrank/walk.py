@@ -25,6 +25,11 @@ class Architecture(Protocol):
     def build(self) -> nn.Module: ...
     def refill(self, model: nn.Module) -> None: ...
 
+    def outputs(self) -> Mapping[str, int]:
+        """{name of a block: the number of elements of the tuple that it returns, 0 for a tensor}. Raises DecompositionError where the blocks cannot
+        be run one after the other on nothing but the hidden states of the block before."""
+        ...
+
 
 @dataclass
 class Block:
@@ -57,9 +62,10 @@ class Block:
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a model of transformers, by name, in its order."""
-    kinds = getattr(model, "_no_split_modules", None) or ()
-    return {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
+    """The repeated blocks of a model, by name, in its order: the modules of that list which holds the most parameters."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    largest = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()), default=None)
+    return {} if largest is None else {f"{largest}.{i}": block for i, block in enumerate(lists[largest])}
 
 
 @torch.no_grad()
@@ -76,7 +82,7 @@ def walk(architecture: Architecture, read: Read, batches: Sequence[Tensor], devi
         module._buffers.update({name: b if b is None else torch.empty_like(b, device=device) for name, b in module._buffers.items()})
     architecture.refill(model)
     blocks = blocks_of(model)
-    hidden, calls = _first_inputs(model, blocks, read, batches, device)
+    hidden, calls = _first_inputs(model, blocks, architecture.outputs(), read, batches, device)
     for name, module in blocks.items():
         _fill(_parameters(module, name), read, device)
         block = Block(name, module, hidden, calls.pop(0))
@@ -129,26 +135,27 @@ def _fill(parameters: Iterator[tuple[nn.Module, str, nn.Parameter, str]], read: 
 
 
 def _first_inputs(
-    model: Any, blocks: Mapping[str, nn.Module], read: Read, batches: Sequence[Tensor], device: torch.device
+    model: Any, blocks: Mapping[str, nn.Module], outputs: Mapping[str, int], read: Read, batches: Sequence[Tensor], device: torch.device
 ) -> tuple[list[Tensor], list[list[Call]]]:
-    """The hidden states that the first block is given of each batch, and the calls of each block."""
+    """The hidden states that the first block is given of each batch, and the calls of each block. Blocks that return nothing of their own are in
+    their place: each returns its hidden states in a tuple of `outputs`, as the model around it expects."""
     backbone = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is backbone)
     _fill(_parameters(backbone, prefix, leave=blocks.values()), read, device)
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in blocks]
 
-    def record(block: int) -> Callable[..., Tensor]:
-        def forward(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def record(block: int, elements: int) -> Callable[..., Any]:
+        def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if block == 0:
                 hidden.append(states)
             calls[block].append((args, kwargs))
-            return states
+            return (states, *[None] * (elements - 1)) if elements else states
 
         return forward
 
-    for block, module in enumerate(blocks.values()):
-        module.forward = record(block)
+    for block, (name, module) in enumerate(blocks.items()):
+        module.forward = record(block, outputs[name])
     for batch in batches:
         backbone(input_ids=batch.to(device), use_cache=False)
     for module in blocks.values():

@@ -63,6 +63,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     config = _config(given)
     held_out = resolve_corpus(given.data, "validation") if given.data else None
     parent = open_parent(given.parent, given.revision or "main", given.trust_remote_code)
+    _check_parent(given, config, parent)
     oneshot = OneShot(parent, config, _text(given, config, parent), unfinished=given.out / "factors")
     made_by = {"factorizer": {"name": config.factorizer.name, **vars(config.factorizer.settings)}, "allocation": config.ranks.name}
     asked: dict[str, Ranks | float] = {f"{ratio:g}x": ratio for ratio in given.ratio or ()}
@@ -111,14 +112,29 @@ def _config(given: argparse.Namespace) -> Config:
     return config
 
 
+def _check_parent(given: argparse.Namespace, config: Config, parent: Parent) -> None:
+    """Raise UserError where this parent cannot be what is asked for, and say what of it stays whole."""
+    from plrd_train.hub.parents import load_config
+    from plrd_train.hub.reach import check_lengths, notes
+
+    hub_config = load_config(parent)
+    lengths = {"data.seq_len": config.data.seq_len} if given.calibration else {}
+    check_lengths(hub_config, lengths | ({"evaluation.context": config.evaluation.context} if given.data else {}), given.parent)
+    for note in (*parent.notes, *notes(hub_config, given.ratio or ())):
+        console.say(f"note: {note}")
+
+
 def _text(given: argparse.Namespace, config: Config, parent: Parent) -> Text:
     """text(tokens): that much of the calibration corpus, read once."""
     from plrd_train.data.corpus import resolve_corpus
     from plrd_train.hub.parents import load_tokenizer
+    from plrd_train.hub.tokenization import compare
     from plrd_train.training import calibration_text
 
     corpus = resolve_corpus(given.calibration, "train", config.data.revision) if given.calibration else None
     tokenizer = load_tokenizer(parent, given.trust_remote_code)
+    if corpus is not None:
+        compare(tokenizer, Path(parent.folder), corpus)
 
     @cache
     def text(tokens: int) -> Any:

@@ -1,9 +1,9 @@
 """Members of a parent without any training: each Linear is read, factored and written, and the next one taken, on one process.
 
 Every member is factored from the parent itself. What a method needs to know of a Linear comes from a walk over the parent's blocks
-(`plrd_train.lowrank.walk`), one of which is in memory at a time, and a decomposition serves all members. Two things need the whole parent in memory,
-as float32: gradients (`fisher`) and measured losses (`ranks=sensitivity`); and ranks that depend on the spectra keep what is decomposed until the
-last spectrum is known.
+(`plrd_train.lowrank.walk`), one of which is in memory at a time, and a decomposition serves all members. Three things need the whole parent in
+memory, as float32: gradients (`fisher`), measured losses (`ranks=sensitivity`), and inputs where the parent's blocks cannot be run one by one; and
+ranks that depend on the spectra keep what is decomposed until the last spectrum is known.
 """
 
 import ctypes
@@ -23,17 +23,17 @@ from plrd_train.errors import UserError
 from plrd_train.evaluation.published import open_published
 from plrd_train.hub.members import MemberWriter
 from plrd_train.hub.modeling_plrd import model_ranks
-from plrd_train.hub.models import HubArchitecture
+from plrd_train.hub.models import HubArchitecture, probed
 from plrd_train.hub.parents import Parent, load_config
+from plrd_train.hub.reach import check_in_order, shapes_of
 from plrd_train.hub.weights import WeightReader, parent_dtype
 from plrd_train.lowrank.budget import last_blocks
 from plrd_train.lowrank.calibration import KINDS, collect
 from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Spectra
 from plrd_train.lowrank.factorizers import Statistic
-from plrd_train.lowrank.ranks import ALLOCATIONS, SPECTRAL, Shape
+from plrd_train.lowrank.ranks import ALLOCATIONS, SPECTRAL
 from plrd_train.lowrank.sensitivity import measure
 from plrd_train.lowrank.sequential import collect_in_order
-from plrd_train.lowrank.surgery import eligible_linears
 from plrd_train.lowrank.walk import Alone, Block, blocks_of, gathered, walk
 from plrd_train.recover.kept import KeptFactors
 from plrd_train.tracking import console
@@ -68,10 +68,9 @@ class OneShot:
             model = HubArchitecture(self.hub_config).build()
         self.params = sum(parameter.numel() for parameter in model.parameters())
         self.blocks = list(blocks_of(model))
-        linears = config.linears
-        self.shapes = {name: Shape.of(linear) for name, linear in eligible_linears(model, linears.include, linears.exclude)}
-        if not self.shapes:
-            raise UserError(f"linears: no Linear of {parent.path} is left to factor; mend linears.include and linears.exclude")
+        if self._factorizer.sequential:
+            check_in_order(self.hub_config, config.factorizer.name, parent.path)
+        self.shapes = shapes_of(model, self.hub_config, config.linears.include, config.linears.exclude, parent.path)
         self._reader = WeightReader(parent)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.kept = KeptFactors(unfinished, self._device)
@@ -185,7 +184,8 @@ class OneShot:
     @cached_property
     def _engine(self) -> Any:
         kind = self._factorizer.statistics
-        if self._config.ranks.tokens or (kind is not None and KINDS[kind].of_gradients):
+        needs_blocks = kind is not None and not KINDS[kind].of_gradients
+        if self._config.ranks.tokens or (kind and not needs_blocks) or (needs_blocks and probed(self.hub_config).unchained):
             model = open_published(self._parent, torch.float32).model
             return _Whole(model.get_parameter, self._device, model=model)
         return Alone(self._reader.read, self._device)

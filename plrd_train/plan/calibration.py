@@ -14,7 +14,7 @@ from plrd_train.config import Config
 from plrd_train.lowrank.calibration import collect
 from plrd_train.lowrank.distributed import owners
 from plrd_train.lowrank.ranks import MEASURING, SPECTRAL, Shape
-from plrd_train.plan.structure import blocks
+from plrd_train.lowrank.walk import blocks_of
 from plrd_train.plan.trace import Event, computing_in, trace_evaluation
 
 
@@ -92,7 +92,7 @@ def _walk(config: Config, model: PreTrainedModel, world_size: int) -> Walk:
         with torch.enable_grad():
             run(model)
 
-    runs, names = max(event.peak for event in trace_evaluation(model, run)), blocks(model)
+    runs, names = max(event.peak for event in trace_evaluation(model, run)), list(blocks_of(model))
     ends = [event.live for event in trace_evaluation(model, run_and_keep) if event.kind == "forwarded" and event.name in names]
     return Walk(states[0].nbytes * sum(map(len, batches)) // len(batches[0]), runs, ends[-1] // len(names))
 

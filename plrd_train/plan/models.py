@@ -16,9 +16,9 @@ from plrd_train.config import Config
 from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import model_ranks
 from plrd_train.hub.models import build_model
+from plrd_train.hub.reach import check_in_order, check_lengths, shapes_of
 from plrd_train.lowrank.distributed import changes
 from plrd_train.lowrank.ranks import MEASURING, Shape, ratio_of, uniform
-from plrd_train.lowrank.surgery import eligible_linears
 from plrd_train.plan.calibration import Text, passes
 from plrd_train.plan.structure import Structure
 from plrd_train.plan.trace import Event, computing_in, trace_evaluation, trace_step
@@ -46,12 +46,13 @@ class Planned:
 def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterator[Planned]:
     """The parent and the members that the run will make of it, in order. The ranks are those of `ranks=uniform`, which are known before any weight
     is: other allocations share out the same sum. Raises UserError where the config asks for what cannot be done with this parent."""
-    linears, scratch = config.linears, config.parent.scratch
+    linears, scratch, path = config.linears, config.parent.scratch, config.parent.path
     ranks = model_ranks(parent)
     model = _on_meta(config, parent, None)
-    shapes = {name: Shape.of(linear) for name, linear in eligible_linears(model, linears.include, linears.exclude)}
-    if not shapes:
-        raise UserError(f"linears: no Linear of {config.parent.path} is left to factor; mend linears.include and linears.exclude")
+    check_lengths(parent, {"data.seq_len": config.data.seq_len, "evaluation.context": config.evaluation.context}, path)
+    if config.factorizer.settings.sequential:
+        check_in_order(parent, config.factorizer.name, path)
+    shapes = shapes_of(model, parent, linears.include, linears.exclude, path)
     now = {name: shape.rank for name, shape in shapes.items() if shape.rank is not None}
     whole = Planned(
         "parent", 1.0, ratio_of(shapes, now), _linear_params(shapes, now), scratch.tokens if scratch else 0, {}, now, *_parts(model), Text()

@@ -7,6 +7,8 @@ from functools import cached_property
 
 from torch import nn
 
+from plrd_train.lowrank.walk import blocks_of
+
 Parts = dict[str, float]  # bytes by part of memory, such as "parameters"
 
 
@@ -33,7 +35,7 @@ class Structure:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Structure":
-        names = blocks(model)
+        names = list(blocks_of(model))
         parameters, by_identity = [], {}
         for name, parameter in model.named_parameters():
             block = next((block for block in names if name.startswith(f"{block}.")), "")
@@ -45,12 +47,6 @@ class Structure:
     @property
     def numel(self) -> int:
         return sum(parameter.numel for parameter in self.parameters)
-
-
-def blocks(model: nn.Module) -> list[str]:
-    """The names of the repeated blocks of a Hugging Face model, in the order of the model: the units of FSDP2 and of activation checkpointing."""
-    kinds = getattr(model, "_no_split_modules", None) or ()
-    return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
 
 
 def add(*parts: Mapping[str, float]) -> Parts:

@@ -80,7 +80,7 @@ def test_config_that_is_not_one_of_a_causal_lm(save_parent, tmp_path):
 def test_tokenizer_is_missing_damaged_or_of_another_model(save_parent):
     folder, _ = save_parent("llama")
     save_tokenizer(folder, size=65)
-    with pytest.raises(UserError, match=r"65 tokens, config\.json a vocab_size of 64"):
+    with pytest.raises(UserError, match=r"an id of 64, config\.json a vocab_size of 64"):
         load_tokenizer(open_parent(str(folder)))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="its tokenizer does not load") as error:
