@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from plrd_train.errors import UserError
 from plrd_train.hub.parents import Parent, load_tokenizer, open_parent
@@ -13,9 +13,12 @@ from plrd_train.hub.weights import WeightReader
 
 @dataclass(frozen=True)
 class Published:
-    """`model` in evaluation mode on `device`, and its own tokenizer; `perplexity` takes it for an engine of a single rank."""
+    """`model` in evaluation mode on `device`, and its own tokenizer; `perplexity` takes it for an engine of a single
+    rank. Its files lie in `folder`. The model has no settings of generation, neither those of generation_config.json nor
+    old ones in config.json."""
 
     path: str
+    folder: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
@@ -53,7 +56,13 @@ def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto",
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
+            files.folder,
+            dtype=dtype,
+            generation_config=GenerationConfig(),  # else generate() mixes the folder's own into what it is given
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
         model, info = loaded
         model.to(device)
@@ -64,4 +73,4 @@ def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto",
     for name, parameter in model.named_parameters():
         if not all(bound.isfinite() for bound in parameter.aminmax()):
             raise UserError(f"{files.path}: {name} holds NaN or infinity; fetch it again, or choose another model")
-    return Published(files.path, model, tokenizer, device)
+    return Published(files.path, files.folder, model, tokenizer, device)
