@@ -23,11 +23,22 @@ _CANNOT_SYNC = {
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an OSError that names no file, as one of writing does not, becomes one that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write bytes into, which takes the place of `path` at once when the block ends well: a reader, and a
     restart, sees the old content or the new, never a part. Raises OSError, naming a file."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with _naming(path):
+    with naming(path):
         with _created(temporary) as file:
             yield file
             file.flush()
@@ -65,7 +76,7 @@ def sync(path: Path) -> None:
     """Let a file, or the names in a folder, outlive a loss of power. Where the file system can do that for no folder,
     nothing happens: a rename is all that can be had there. Raises OSError, naming `path`."""
     try:
-        with _naming(path):
+        with naming(path):
             handle = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(handle)
@@ -84,14 +95,3 @@ def _created(path: Path) -> BinaryIO:
 
 def _mode(status: os.stat_result) -> int:
     return stat.S_IMODE(status.st_mode)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Inside, an OSError that names no file, as one of writing does not, becomes one that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None

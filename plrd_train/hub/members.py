@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from plrd_train.engine import Engine
 from plrd_train.errors import UserError
-from plrd_train.files import save_tensors, sync, write_atomically
+from plrd_train.files import naming, save_tensors, sync, write_atomically
 from plrd_train.hub.modeling_plrd import VARIANT, with_ranks
 from plrd_train.hub.models import build_model
 from plrd_train.hub.parents import TOKENIZER_CODE, TOKENIZER_FILES, Parent
@@ -53,10 +53,11 @@ class MemberWriter:
         self.close()
         self.draft.mkdir(parents=True)
         try:
-            config.save_pretrained(self.draft)
-            for pattern in (*TOKENIZER_FILES, TOKENIZER_CODE, "generation_config.json"):
-                for file in Path(parent.folder).glob(pattern):
-                    shutil.copyfile(file, self.draft / file.name)
+            with naming(self.draft):
+                config.save_pretrained(self.draft)
+                for pattern in (*TOKENIZER_FILES, TOKENIZER_CODE, "generation_config.json"):
+                    for file in Path(parent.folder).glob(pattern):
+                        shutil.copyfile(file, self.draft / file.name)
         except BaseException:
             self.close()
             raise
