@@ -19,8 +19,14 @@ from plrd_train.stopping import STATUS, Stopped, StopRequest
 from plrd_train.tracking import console
 from plrd_train.world import SharedError, World
 
-# What the system answers where it lets nobody write (or read): no room, no permission, a file where a folder should be.
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+# What the system answers where it lets nobody write (or read): no room, no permission, a file where a folder should be,
+# a disk that fails.
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    errno.EIO,
+}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,22 +1,12 @@
 """What a run leaves behind: family.json and the members, whole or absent."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from plrd_train.errors import UserError
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at once: a reader, and a restart, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+from plrd_train.files import write_atomically
 
 
 class Family:

@@ -8,7 +8,7 @@ import yaml
 
 from plrd_train.config import Config, from_mapping
 from plrd_train.errors import UserError
-from plrd_train.family import write_atomically
+from plrd_train.files import write_atomically
 
 # What may differ from run to run: names, tracking, and what follows the number of ranks. The stages are compared apart.
 # data.skip_bad is how a run goes on that met a bad line: it changes nothing of what was read before.

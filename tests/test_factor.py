@@ -1,6 +1,7 @@
 """`plrd factor`: members without training, against float64 algebra on plain transformers, and against the main job's own factoring."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,19 @@ def test_nan_in_the_parent_is_named_and_no_half_a_member_stays(plrd, tiny, tmp_p
     status, _, err = plrd("factor", parent, tmp_path / "out", "--method", "svd", "--ratio", "2")
     assert status == 2 and err.splitlines()[-1].startswith("error: ") and "model.layers.1.mlp.up_proj.weight" in err and "NaN" in err
     assert not list((tmp_path / "out").glob("members/*")) and not list((tmp_path / "out").glob("members/.*"))
+
+
+@pytest.mark.parametrize("room", [3000, 40_000])
+def test_a_full_disk_is_one_line_and_no_half_a_member_stays(plrd, tiny, tmp_path, room):
+    """The first file that is larger is one of the code beside config.json, or the weights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        status, _, err = plrd("factor", tiny / "parent", tmp_path / "out", "--method", "svd", "--ratio", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2 and err.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}/") and "Traceback" not in err
+    assert not [*tmp_path.glob("out/members/*"), *tmp_path.glob("out/members/.*")]
 
 
 def test_a_folder_that_is_no_family_is_left_alone(plrd, tiny, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from plrd_train.errors import UserError
-from plrd_train.family import Family, write_atomically
+from plrd_train.family import Family
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -33,14 +33,3 @@ def test_a_damaged_one_is_named(tmp_path, content):
     with pytest.raises(UserError, match=str(tmp_path / "family.json")) as caught:
         Family.read(tmp_path, must_exist=False)
     assert "\n" not in str(caught.value)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "it"
-    write_atomically(path, "old")
-    with path.open() as reader:
-        write_atomically(path, "new")
-        assert reader.read() == "old" and path.read_text() == "new"
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "part of it" * 10_000 + "\ud800")
-    assert path.read_text() == "new"

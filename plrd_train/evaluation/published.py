@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from plrd_train.errors import UserError
 from plrd_train.hub.parents import Parent, load_config, load_tokenizer, open_parent
@@ -14,7 +14,9 @@ from plrd_train.hub.weights import WeightReader
 
 @dataclass(frozen=True)
 class Published:
-    """`model` in evaluation mode on `device`, and its own tokenizer, from `folder`; `perplexity` takes it for an engine of a single rank."""
+    """`model` in evaluation mode on `device`, and its own tokenizer; `perplexity` takes it for an engine of a single
+    rank. Its files lie in `folder`. The model has no settings of generation, neither those of generation_config.json nor
+    old ones in config.json."""
 
     path: str
     folder: Path
@@ -58,6 +60,7 @@ def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto",
             files.folder,
             config=load_config(files),
             dtype=dtype,
+            generation_config=GenerationConfig(),  # else generate() mixes the folder's own into what it is given
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,

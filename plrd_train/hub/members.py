@@ -1,8 +1,6 @@
 """Publishing a model as a Hugging Face folder, all at once or not at all."""
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -10,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from plrd_train.engine import Engine
 from plrd_train.errors import UserError
+from plrd_train.files import naming, save_tensors, sync, write_atomically
 from plrd_train.hub.modeling_plrd import VARIANT, with_ranks
 from plrd_train.hub.models import build_model
 from plrd_train.hub.parents import Parent
@@ -57,10 +54,11 @@ class MemberWriter:
         self.close()
         self.draft.mkdir(parents=True)
         try:
-            config.save_pretrained(self.draft)
-            copy_tokenizer(Path(parent.folder), self.draft, as_stored=parent.tokenizer_as_stored)
-            for file in Path(parent.folder).glob("generation_config.json"):
-                shutil.copyfile(file, self.draft / file.name)
+            with naming(self.draft):
+                config.save_pretrained(self.draft)
+                copy_tokenizer(Path(parent.folder), self.draft, as_stored=parent.tokenizer_as_stored)
+                for file in Path(parent.folder).glob("generation_config.json"):
+                    shutil.copyfile(file, self.draft / file.name)
         except BaseException:
             self.close()
             raise
@@ -94,11 +92,11 @@ class MemberWriter:
 
     def publish(self, card: str) -> None:
         """Let `folder` appear, with README.md from `card`."""
-        (self.draft / "README.md").write_text(card, encoding="utf-8")
+        write_atomically(self.draft / "README.md", card)
         for path in (*self.draft.iterdir(), self.draft):
-            _fsync(path)
+            sync(path)
         self.draft.rename(self.folder)
-        _fsync(self.folder.parent)
+        sync(self.folder.parent)
 
     def close(self) -> None:
         """Remove what was not published."""
@@ -154,28 +152,13 @@ class _ShardWriter:
         if count > 1:
             weight_map = {tensor: name for name, tensors in zip(names, self._written, strict=True) for tensor in tensors}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            (self._folder / self._index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_atomically(self._folder / self._index, json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
-        path = self._draft(len(self._written))
-        try:
-            save_file(self._shard, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            if not (number := re.search(r"os error (\d+)", str(error))):
-                raise
-            code = int(number[1])
-            raise OSError(code, os.strerror(code), str(path)) from None
+        save_tensors(self._shard, self._draft(len(self._written)), metadata={"format": "pt"})
         self._written.append(list(self._shard))
         self._shard.clear()
         self._shard_bytes = 0
 
     def _draft(self, i: int) -> Path:
         return self._folder / f"{i}.safetensors"
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

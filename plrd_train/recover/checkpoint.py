@@ -1,6 +1,5 @@
 """What a restart needs: the trunk in float32, the optimizer where a stage is under way, and how far the run was."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from plrd_train.engine import MOMENTS, AdamW, Architecture, Engine
 from plrd_train.errors import UserError
-from plrd_train.family import write_atomically
+from plrd_train.files import write_atomically
 from plrd_train.recover import saved
 from plrd_train.recover.exchange import Exchange
 from plrd_train.recover.progress import Progress
@@ -129,7 +128,7 @@ class Checkpoints:
         temporary = final.with_name(final.name + ".tmp")
         world.on_main(lambda: self._make_empty(temporary))
         saved.write(state, temporary, world)
-        world.on_main(lambda: _write_durably(temporary / "progress.json", progress))
+        world.on_main(lambda: write_atomically(temporary / "progress.json", progress))
         sums = saved.checksums(temporary, world)
         world.on_main(lambda: self._make_visible(temporary, final, saved.format_checksums(sums)))
 
@@ -140,7 +139,7 @@ class Checkpoints:
         folder.mkdir(parents=True)
 
     def _make_visible(self, temporary: Path, final: Path, sums: str) -> None:
-        _write_durably(temporary / saved.SUMS, sums)
+        write_atomically(temporary / saved.SUMS, sums)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         write_atomically(self._folder / "latest", final.name + "\n")  # for people and their tools: a restart looks at what is there
@@ -161,10 +160,3 @@ class Checkpoints:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

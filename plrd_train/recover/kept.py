@@ -1,15 +1,15 @@
 """Finished factors of a stage that is being factored, on disk until the stage has a checkpoint: a restart does not factor them again."""
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from plrd_train.files import save_tensors
 
 
 class KeptFactors:
@@ -35,10 +35,11 @@ class KeptFactors:
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_file(whole, part, metadata={"key": key, "sha256": _sha256(whole)})
-            os.replace(part, path)
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{part}: this cannot be written ({error}); mend that, and the same command goes on") from None
+            save_tensors(whole, part, metadata={"key": key, "sha256": _sha256(whole)})
+            part.replace(path)
+        except OSError as error:
+            why = error.strerror
+            raise OSError(f"{part}: this cannot be written ({why}); mend that, and the same command goes on") from None
 
     def clear(self) -> None:
         """Remove them all. Once, on one rank."""

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from plrd_train import resolved
 from plrd_train.family import Family
+from plrd_train.files import write_atomically
 from plrd_train.tracking.plots import family_figure, losses_figure
 from plrd_train.tracking.rows import Row, read_rows
 from plrd_train.tracking.signatures import signs
@@ -107,11 +108,11 @@ def write_report(run_dir: Path) -> Path:
     folder.mkdir(exist_ok=True)
 
     family_png = _png(family_figure(family.parent, family.members))
-    _replace(folder / "family.png", family_png)
+    write_atomically(folder / "family.png", family_png)
     losses = losses_figure(family.parent, rows, events)
     losses_png = _png(losses) if losses else b""
     if losses_png:
-        _replace(folder / "losses.png", losses_png)
+        write_atomically(folder / "losses.png", losses_png)
     page = (
         Environment(autoescape=True)
         .from_string(_PAGE)
@@ -130,7 +131,7 @@ def write_report(run_dir: Path) -> Path:
         )
     )
     path = folder / "report.html"
-    _replace(path, page.encode())
+    write_atomically(path, page)
     return path
 
 
@@ -168,9 +169,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

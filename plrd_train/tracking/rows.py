@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from plrd_train.files import replacing
 
 Row = dict[str, Any]
 
@@ -33,12 +34,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace the whole file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         file.writelines(map(_line, rows))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

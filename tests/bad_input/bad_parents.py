@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_parents import save_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 NORM, EMBEDDINGS = "model.norm.weight", "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -271,6 +272,16 @@ TOKENIZERS: dict[str, Bad] = {
     "tokenizer: a sentencepiece model of nothing": bad(
         lambda folder: [spoil(folder) for spoil in (gone("tokenizer.json"), holding("tokenizer.model", b"nothing"))], "parent"
     ),
+}
+
+END_IDS = {"a token": "</s>", "a float": 2.5, "a truth value": True, "a list of lists": [[2]], "an object": {"id": 2}}
+# Of which `plrd generate` alone reads anything.
+GENERATION_CONFIGS: dict[str, Bad] = {
+    **{name: case for name, case in unreadable_json(GENERATION, GENERATION).items() if not name.endswith("a folder")},
+    **{
+        f"the end of text is {what}": bad(with_key(GENERATION, "eos_token_id", value=value), GENERATION, "eos_token_id")
+        for what, value in END_IDS.items()
+    },
 }
 
 READ = {name for name in WEIGHT_FILES if not name.startswith(("weights:", "no weights"))}

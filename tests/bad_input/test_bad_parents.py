@@ -4,7 +4,7 @@ import bad_parents
 import pytest
 from malformed import Bad
 
-ONE_FILE = bad_parents.CONFIGS | bad_parents.WEIGHT_FILES | bad_parents.TOKENIZERS
+ONE_FILE = bad_parents.CONFIGS | bad_parents.WEIGHT_FILES | bad_parents.TOKENIZERS | bad_parents.GENERATION_CONFIGS
 KIND_AND_CASE = [*(("parent", name) for name in ONE_FILE), *(("sharded", name) for name in bad_parents.INDICES)]
 
 
@@ -27,3 +27,13 @@ def test_none_is_factored(kind, name, spoiled, refused, tmp_path):
     case = case_of(kind, name)
     refused(case.named, "factor", spoiled(kind, case), tmp_path / "out", "--method", "svd", "--ratio", "2")
     assert not [*tmp_path.glob("out/members/*")]
+
+
+ONE_OF_EACH = (f"{bad_parents.GENERATION}: a list", f"{bad_parents.GENERATION}: empty", "the end of text is a token")
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_what_generation_alone_reads_is_no_matter_for_evaluation(name, spoiled, sound, plrd_json):
+    folder = spoiled("parent", bad_parents.GENERATION_CONFIGS[name])
+    measure = ("--data", sound / "corpus", "--tokens", 100)
+    assert plrd_json("evaluate", folder, *measure) == plrd_json("evaluate", sound / "parent", *measure)

@@ -13,6 +13,7 @@ KINDS = {
     "weights of parents": bad_parents.WEIGHT_FILES,
     "indices of shards": bad_parents.INDICES,
     "tokenizers": bad_parents.TOKENIZERS,
+    "settings of generation": bad_parents.GENERATION_CONFIGS,
     "overrides": bad_configs.CASES,
     "flags": bad_configs.FLAGS,
     "family.json": bad_families.FAMILIES,

@@ -1,9 +1,11 @@
 """Ways to break a rank of a job in the middle, for `processes.run_job`."""
 
+import errno
 import importlib
 import os
 import resource
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,24 @@ def touch_before(rank: int, where: str, call: int, file: Path) -> None:
 def limit_files(rank: int, size: int) -> None:
     """No file of this process may become larger than `size` bytes: writing on fails as it does on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def refuse_fsync(rank: int, code: int, of_folders: bool) -> None:
+    """os.fsync fails with `code` for folders, or for files, and for the other kind works as before."""
+    whole = os.fsync
+
+    def refused(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode) == of_folders:
+            raise OSError(code, os.strerror(code))
+        whole(handle)
+
+    os.fsync = refused
+
+
+def on_a_share(rank: int, umask: int) -> None:
+    """This umask, and folders that cannot be synced, as on CIFS."""
+    os.umask(umask)
+    refuse_fsync(rank, errno.EINVAL, of_folders=True)
 
 
 def offline_hub(rank: int, cache: Path) -> None:

@@ -36,7 +36,7 @@ PHASES = {
     "annealing": (Point(f"{_LOOP}:anneal", 3),),
     "checkpoint": (
         Point("plrd_train.recover.saved:write", 4),
-        Point(f"{_CHECKPOINT}:_write_durably", 6, True),
+        Point(f"{_CHECKPOINT}:write_atomically", 6, True),
         Point(f"{_CHECKPOINT}:Checkpoints._make_visible", 4, True),
     ),
     "evaluation": (Point(f"{_RUN}:Run.evaluate", 2), Point(f"{_RUN}:perplexity", 2)),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from faults import limit_files
+from faults import limit_files, refuse_fsync
 from processes import Ended, run_job
 from safetensors.torch import load_file, save_file
 
@@ -246,6 +246,11 @@ def test_a_disk_that_is_full(command, tmp_path, what):
     again = run_job(2, arguments)
     assert (again.status, again.err) == (0, "")
     assert members(tmp_path / "run") == {"1.25x"} and ("recover at" in again.out) == (what == "checkpoint")
+
+
+def test_a_disk_that_fails(command, tmp_path):
+    ended = run_job(1, command(tmp_path / "run", *SHORT, "stages.ratios=[1.25]"), refuse_fsync, errno.EIO, False)
+    refused(ended, str(tmp_path / "run" / "config.yaml"), os.strerror(errno.EIO))
 
 
 def test_a_small_disk_that_is_really_full(command, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from faults import offline_hub
+from faults import offline_hub, on_a_share
 from processes import run_job
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,12 +59,22 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def closed(folder: Path, umask: int) -> list[str]:
+    """What lies under `folder` with other permissions than this umask leaves."""
+    paths = [folder, *folder.rglob("*")]
+    return [str(path) for path in paths if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~umask]
+
+
 def test_a_parent_from_scratch_is_a_plain_model_and_is_kept(command, tiny, tmp_path):
+    """With it goes a whole family, on a disk of a network: everything has the permissions that the umask leaves, and
+    folders cannot be synced."""
     made = {}
-    for ranks in (1, 2):
+    for ranks, umask in ((1, 0o022), (2, 0o007)):
         run_dir = tmp_path / str(ranks)
-        ended = run_job(ranks, command(run_dir, *scratch(tiny, run_dir)))
+        ended = run_job(ranks, command(run_dir, *scratch(tiny, run_dir)), on_a_share, umask)
         assert (ended.status, ended.err) == (0, "")
+        assert [*run_dir.glob("checkpoints/*/*.safetensors")] and [*run_dir.glob("members/*/*.safetensors")]
+        assert not closed(run_dir, umask)
         made[ranks] = rows(run_dir / "scratch" / "metrics.jsonl")
         assert [row["tokens/total"] for row in made[ranks]] == [128 * (i + 1) for i in range(6)]
         assert [row["step"] for row in rows(run_dir / "metrics.jsonl")] == [0, 1]  # the family's own steps begin anew

@@ -1,5 +1,7 @@
 """Factors that outlive a crash: given back as they were put, or not at all."""
 
+import os
+
 import pytest
 import torch
 
@@ -40,6 +42,17 @@ def test_of_a_damaged_file_nothing_is_given_back(tmp_path):
         assert kept.get("a", "key") is None
     file.write_bytes(whole)
     assert same(kept.get("a", "key"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_what_is_kept_for_a_restart_has_the_permissions_that_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        KeptFactors(tmp_path / "factors", torch.device("cpu")).put("a", "key", FACTORS)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"factors": 0o777 & ~umask, "a.safetensors": 0o666 & ~umask}
 
 
 def test_what_cannot_be_kept_is_said_in_one_line(tmp_path):
