@@ -69,7 +69,10 @@ def submit(arguments: Sequence[str]) -> int:
 
 def _submit(arguments: Sequence[str]) -> None:
     if "RANK" in os.environ:
-        raise UserError("hydra/launcher: start this sweep without torchrun, as `python -m plrd_train --multirun …`; each job starts its own")
+        raise UserError(
+            "hydra/launcher: start this sweep without torchrun, as `python -m plrd_train --multirun …`, or unset RANK; "
+            "each job starts its own"
+        )
     if find_spec("submitit") is None:
         raise UserError("hydra/launcher: submitit is not installed here; pip install 'plrd-train[slurm]'")
     from submitit.core.utils import FailedJobError, UncompletedJobError
