@@ -117,11 +117,11 @@ def free_port() -> int:
 
 def test_torchrun_on_one_node(command, tmp_path):
     with launched(
-        [LAUNCH / "torchrun.sh", *command(tmp_path / "run", SHORT)], NNODES=1, NPROC=2, RDZV=f"{socket.gethostname()}:{free_port()}"
+        [LAUNCH / "torchrun.sh", *command(tmp_path / "ein kürzerer Lauf", SHORT)], NNODES=1, NPROC=2, RDZV=f"{socket.gethostname()}:{free_port()}"
     ) as run:
         assert run.status() == 0, run.err
     assert run_job(2, command(tmp_path / "expected", SHORT)).status == 0
-    assert same_members(tmp_path / "run", tmp_path / "expected")
+    assert same_members(tmp_path / "ein kürzerer Lauf", tmp_path / "expected")
 
 
 def test_hosts_that_do_not_meet():
