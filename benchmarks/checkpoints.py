@@ -15,6 +15,7 @@ from plrd_train.config import Checkpoint, Recover
 from plrd_train.data.loader import Batch
 from plrd_train.engine.fsdp import Options, open_engine
 from plrd_train.hub.models import HubArchitecture
+from plrd_train.place import Place
 from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.exchange import Exchange
 from plrd_train.recover.guard import Guard, Judged
@@ -45,7 +46,7 @@ class _Text:
 
 
 def rows() -> Iterator[Row]:
-    world = World.open()
+    world = World.open(Place())
     try:
         yield _row(world)
     finally:

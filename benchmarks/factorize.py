@@ -116,9 +116,10 @@ def _rank(rank: int, size: int, folder: Path, taken: dict) -> None:
     from plrd_train.lowrank.distributed import decompose
     from plrd_train.lowrank.factorizers.svd import Factorizer
     from plrd_train.lowrank.surgery import eligible_linears
+    from plrd_train.place import Place
     from plrd_train.world import World
 
-    world = World.open()
+    world = World.open(Place.read())
     engine = open_engine(Options(dtype="fp32", replicas=1, activation_checkpointing=False, compile=False), world)
     with safe_open(folder / "model.safetensors", framework="pt") as weights:
         parent = Parent(str(folder), None, str(folder), dict.fromkeys(weights.keys(), "model.safetensors"))  # it needs no tokenizer

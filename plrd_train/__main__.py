@@ -14,6 +14,7 @@ from plrd_train.heartbeat import say
 from plrd_train.heartbeat.link import my_name
 from plrd_train.lock import locked
 from plrd_train.pipeline import make_family
+from plrd_train.place import Place
 from plrd_train.run import Run
 from plrd_train.stopping import STATUS, Stopped, StopRequest
 from plrd_train.tracking import console
@@ -73,10 +74,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _open_world() -> World:
+    place = Place()
     try:
-        return World.open()
-    except SharedError as error:
-        if os.environ["RANK"] == "0":
+        place = Place.read()
+        return World.open(place)
+    except UserError as error:
+        if place.rank == 0 or not isinstance(error, SharedError):
             say(str(error))
         os._exit(2)
 

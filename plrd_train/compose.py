@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from plrd_train.errors import UserError
+from plrd_train.overrides import check, literal, readable
 
 _PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel.
@@ -45,7 +46,7 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
         printed = io.StringIO()
         try:
             with redirect_stderr(printed):
-                call_hydra([*arguments[:first], f"hydra.sweep.dir='{folder}'", *arguments[first:]], resolve)
+                call_hydra([*arguments[:first], f"hydra.sweep.dir={literal(folder)}", *arguments[first:]], resolve)
         except _NoOverridesError:
             wrong = printed.getvalue().strip().rpartition("error: ")[2]
             raise UserError(f"the arguments are no overrides of Hydra: {' '.join(wrong.split())}") from None
@@ -62,12 +63,18 @@ def call_hydra(arguments: Sequence[str], task: Callable[[DictConfig], None]) -> 
     Raises UserError as `compose` does, and what `task` raises.
     """
     _check_groups(arguments)
+    flags = {"-m", "--multirun"}
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-"):
+            check(argument, sweep=not flags.isdisjoint(arguments))
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    ordered = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra takes no flag between two overrides
-    sys.argv = [sys.argv[0], *(_permissive(argument) for argument in ordered if not argument.startswith("--local_rank"))]
+    ordered = sorted(arguments, key=lambda argument: argument not in flags)  # Hydra takes no flag between two overrides
+    given = [argument for argument in ordered if not argument.startswith("--local_rank")]
+    sent = [_permissive(readable(argument)) for argument in given]
+    sys.argv = [sys.argv[0], *sent]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed
     try:
-        with _in_one_line():
+        with _in_one_line(dict(zip(sent, given, strict=True))):
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     finally:
         sys.argv = before[0]
@@ -78,8 +85,8 @@ def call_hydra(arguments: Sequence[str], task: Callable[[DictConfig], None]) -> 
 
 
 @contextmanager
-def _in_one_line() -> Iterator[None]:
-    """What Hydra and OmegaConf raise in here, as a UserError."""
+def _in_one_line(typed: Mapping[str, str] | None = None) -> Iterator[None]:
+    """What Hydra and OmegaConf raise in here, as a UserError. `typed`: by what Hydra was given, what the user typed."""
     try:
         yield
     except MissingMandatoryValue as error:
@@ -88,7 +95,13 @@ def _in_one_line() -> Iterator[None]:
         message = str(error).partition("Config search path")[0]
         lines = [line.strip() for line in message.splitlines() if line.strip() and "object_type" not in line]
         place = f"{' '.join(str(error.override).split())}: " if isinstance(error, OverrideParseException) else ""
-        raise UserError(place + "; ".join(lines).replace(":; ", ": ").rstrip("; ")) from None
+        line = place + "; ".join(lines).replace(":; ", ": ").rstrip("; ")
+        if line.startswith("Error merging override "):  # Hydra leaves out why
+            why = str(error.__cause__).partition("\n")[0]
+            line = f"{line.removeprefix('Error merging override ')}: {why}"
+        for sent, argument in (typed or {}).items():
+            line = line.replace(sent, argument)
+        raise UserError(line) from None
     except SystemExit as end:  # Hydra's argument parser: it has printed help, or what is wrong
         if end.code:
             raise _NoOverridesError("the arguments are no overrides of Hydra") from None

@@ -244,7 +244,9 @@ def _validate(kind: Any, value: Any, key: str) -> Any:
             raise UserError(f"{where}: unknown key{_did_you_mean(path[-1], _field_names(section_kind))}") from None
         if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             raise UserError(f"{where}: this key is missing") from None
-        raise UserError(f"{where}: {message} (given: {first['input']!r})") from None
+        text = first["type"] == "string_type" and first["input"] is not None
+        mend = f"; text that reads as something else is quoted: '{where}=\"…\"'" if text else ""
+        raise UserError(f"{where}: {message} (given: {first['input']!r}){mend}") from None
 
 
 def _at(kind: Any, path: tuple[Any, ...]) -> Any:

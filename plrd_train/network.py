@@ -8,11 +8,15 @@ import contextlib
 import ipaddress
 import os
 import socket
+import time
 from dataclasses import dataclass
 
 import psutil
 
+from plrd_train.errors import UserError
+
 _ANYWHERE = "192.0.2.1"  # of no host (RFC 5737): the route there is the default one
+NAME_S = 15.0  # for a name to be known: that of a container may be announced after its start
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,25 @@ def route_to_peers(host: str) -> Route | None:
     return route
 
 
-def choose_interface() -> None:
-    """Let gloo take the interface over which this machine reaches MASTER_ADDR, unless GLOO_SOCKET_IFNAME names one. To be called before the process
-    group is made."""
-    route = route_to_peers(os.environ["MASTER_ADDR"])
+def wait_for_name(host: str) -> None:
+    """Return when this machine knows `host`, a name or an address.
+
+    Raises UserError where it does not within `NAME_S` seconds. torch would ask for as long as a collective may take.
+    """
+    end = time.monotonic() + NAME_S
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > end:
+                raise UserError(f"MASTER_ADDR={host}: no host of that name is known ({error}); give one that all reach") from None
+        time.sleep(0.5)
+
+
+def choose_interface(host: str) -> None:
+    """Let gloo take the interface over which this machine reaches `host`, that of rank 0, unless GLOO_SOCKET_IFNAME names
+    one. To be called before the process group is made."""
+    route = route_to_peers(host)
     if route is not None and route.interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", route.interface)

@@ -18,8 +18,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_launcher() -> None:
-    """Let the kernel kill this process when its launcher dies; where that is so already, end here. A process that no launcher started lives on."""
-    if "MASTER_ADDR" not in os.environ or sys.platform != "linux":
+    """Let the kernel kill this process when its launcher dies; where that is so already, end here. For a process that a launcher started."""
+    if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     pid, launcher = _STARTED

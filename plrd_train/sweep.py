@@ -21,6 +21,7 @@ from plrd_train.compose import call_hydra, compose
 from plrd_train.config import from_mapping
 from plrd_train.errors import UserError
 from plrd_train.heartbeat import say
+from plrd_train.overrides import literal
 
 _LAUNCHER = re.compile(r"[+~]*hydra[./]launcher\b")
 _IN_PROCESS = "hydra/launcher=basic"
@@ -69,7 +70,7 @@ def submit(arguments: Sequence[str]) -> int:
 
 def _submit(arguments: Sequence[str]) -> None:
     if "RANK" in os.environ:
-        raise UserError("hydra/launcher: start this sweep without torchrun, as `python -m plrd_train --multirun …`; each job starts its own")
+        raise UserError("hydra/launcher: start this sweep without torchrun, or unset RANK; each job starts a torchrun itself")
     if find_spec("submitit") is None:
         raise UserError("hydra/launcher: submitit is not installed here; pip install 'plrd-train[slurm]'")
     from submitit.core.utils import FailedJobError, UncompletedJobError
@@ -107,10 +108,11 @@ def run_point(config: DictConfig) -> None:
     ranks = int(os.environ.get("NPROC", torch.cuda.device_count() or 2))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     threads = max(1, cores // ranks)
-    run_dir = config.run_dir.replace("'", "\\'")  # it may hold what Hydra knows of a sweep alone, as ${hydra:job.num}
     known = HydraConfig.get()
     folders = [f"--config-dir={source.path}" for source in known.runtime.config_sources if source.provider == "command-line"]
-    overrides = [*folders, *known.overrides.task, f"++run_dir='{run_dir}'"]
+    told = [override.removeprefix("++") for override in known.overrides.task]  # that is compose's own
+    # The last one says what Hydra knows of a sweep alone, as ${hydra:job.num}.
+    overrides = [*folders, *told, f"run_dir={literal(config.run_dir)}"]
 
     number = signal.Signals[f"SIG{job.USR_SIG}"]
     requeue = signal.signal(number, signal.SIG_IGN)  # Slurm sends it to all processes of the job, and those below inherit that

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,8 +13,9 @@ from plrd_train.errors import UserError
 from plrd_train.heartbeat import Heartbeat
 from plrd_train.heartbeat.hub import Hub
 from plrd_train.heartbeat.spoke import Spoke
-from plrd_train.network import choose_interface
+from plrd_train.network import choose_interface, wait_for_name
 from plrd_train.orphans import die_with_launcher
+from plrd_train.place import Place
 
 T = TypeVar("T")
 # Loading, factoring and compiling a 7B parent keep ranks apart for long before the first step.
@@ -33,30 +33,29 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0  # among the ranks of this node
     group: dist.ProcessGroup | None = None  # of all ranks; None: the default one
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @classmethod
-    def open(cls) -> "World":
-        """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, …), or make one of a single rank.
+    def open(cls, place: Place) -> "World":
+        """Join the process group of the other ranks, or make one of a single rank where `place` is the only one.
 
-        From here on this process dies with its launcher, and with the other ranks. Raises UserError where ranks do not reach each other.
+        From here on this process dies with its launcher, and with the other ranks. Raises UserError where ranks do not
+        reach each other, and where this node has no device for `place`.
         """
-        die_with_launcher()
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if place.launched:
+            die_with_launcher()
+        rank, size = place.rank, place.size
+        device = choose_device(place, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        if size > 1:
-            choose_interface()
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if "MASTER_ADDR" not in os.environ else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        world = cls(rank, size, device)
+        _join(place, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        world = cls(rank, size, device, place.local_rank)
         if size == 1:
             return world
-        hub = Hub(size) if rank == 0 else None
+        assert place.master is not None
+        hub = Hub(size, place.master) if rank == 0 else None
         address = world.on_main(lambda: hub.address if hub else None)
         assert address is not None
         return dataclasses.replace(world, heartbeat=world.on_all(lambda: hub.start() if hub else Spoke(rank, address)))
@@ -96,7 +95,7 @@ class World:
 
     def node_by_node(self, work: Callable[[], T]) -> T:
         """Run `work`, which fills a cache of its node, on the first rank of each node, and then on the others; as `on_all` otherwise."""
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        first = self.local_rank == 0
         done = self.on_all(lambda: work() if first else None)
         return self.on_all(lambda: done if first else work())  # type: ignore[return-value]
 
@@ -116,3 +115,32 @@ class World:
         """Leave in order, rank 0 last."""
         dist.destroy_process_group()
         self.heartbeat.close()
+
+
+def choose_device(place: Place, gpus: int) -> torch.device:
+    """One of this node's `gpus` GPUs for each of its ranks, or the CPU where there are none. Raises UserError where they are too few."""
+    if gpus == 0:
+        return torch.device("cpu")
+    if place.local_rank >= gpus:
+        raise UserError(
+            f"LOCAL_RANK={place.local_rank}: each rank takes a GPU of its own, and this one sees {gpus}; "
+            f"start at most {gpus} on this machine, or let CUDA_VISIBLE_DEVICES show more"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def _join(place: Place, backend: str) -> None:
+    """Make the default process group. Raises UserError where the ranks do not meet."""
+    if place.master is not None:
+        wait_for_name(place.master)
+        if place.size > 1:
+            choose_interface(place.master)
+    try:
+        store = None if place.launched else dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=TIMEOUT)
+    except dist.DistError as error:
+        why = " ".join(str(error).partition("Exception raised")[0].split())  # behind it comes torch's stack
+        raise UserError(
+            f"rank {place.rank} of {place.size} does not meet the others at MASTER_ADDR={place.master} "
+            f"MASTER_PORT={place.port} ({why}); start each rank once, on a free port that all reach, as torchrun does"
+        ) from None

@@ -153,10 +153,11 @@ def _enter(environment: dict[str, Any]) -> None:
 
 def _child(pipe: Any, environment: dict[str, Any], payload: bytes) -> None:
     _enter(environment)
+    from plrd_train.place import Place
     from plrd_train.world import World
 
     try:
-        world = World.open()
+        world = World.open(Place.read())
         function, arguments = pickle.loads(payload)  # by plain pickle: tensors travel as bytes, not as shared memory that ends with this process
         answer = (False, function(world, *arguments))
         world.close()

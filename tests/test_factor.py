@@ -311,3 +311,24 @@ def test_rom_holds_no_more_than_two_layers_and_their_activations(tiny, tmp_path)
     layer, tokens = 4 * (4 * 2048**2 + 3 * 2048 * 5632), 4096
     activations = 4 * tokens * (2 * 2048 + 2 * 5632)  # the hidden states before and after it, and inside its MLP
     assert int(done.stdout.splitlines()[-1]) < 2 * layer + activations
+
+
+@pytest.mark.parametrize("name", ['größer [1], a=b\'s "${c}" {d} \\ ~', "x=${run_dir} (é)"])
+def test_any_path_will_do(name, tiny, tmp_path, plrd_json):
+    """Parent, corpus and family in folders whose names mean something to Hydra."""
+    parent, corpus, out = (tmp_path / f"{kind} {name}" for kind in ("parent", "corpus", "family"))
+    shutil.copytree(tiny / "parent", parent)
+    shutil.copytree(tiny / "corpus", corpus)
+    options = ["--method", "whitened", "--ratio", 2, *looking(tiny)[2:], "--calibration", corpus]
+    made = plrd_json("factor", parent, out, *options)
+    assert made["parent"]["path"] == str(parent) and [member["path"] for member in made["members"]] == ["members/2x"]
+    assert AutoModelForCausalLM.from_pretrained(out / "members" / "2x").num_parameters() == made["members"][0]["params"]
+    assert {*tmp_path.iterdir()} == {parent, corpus, out}
+
+
+@pytest.mark.parametrize(
+    ("method", "named"), [("a=b", "factorizer/a=b"), ("3", "factorizer/3"), ("svd,rom", "factorizer/svd,rom"), ("", "factorizer")]
+)
+def test_a_method_that_is_none_is_named_as_given(method, named, tiny, tmp_path, plrd):
+    status, _, err = plrd("factor", tiny / "parent", tmp_path / "out", "--method", method, "--ratio", 2)
+    assert (status, err.count("\n")) == (2, 1) and named in err and "++" not in err, err

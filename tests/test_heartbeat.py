@@ -17,6 +17,7 @@ from plrd_train import heartbeat
 from plrd_train.errors import UserError
 from plrd_train.heartbeat.hub import Hub
 from plrd_train.heartbeat.spoke import Spoke
+from plrd_train.place import Place
 from plrd_train.world import World
 
 WITHIN_S = 30  # five times what the slowest of these takes; without the heartbeat it would be half an hour
@@ -26,7 +27,7 @@ def on_each(beat: float | None, what, *arguments) -> None:
     """Call `what(world, *arguments)` on this rank as the main job calls its work."""
     if beat is not None:
         heartbeat.BEAT_S, heartbeat.SILENCE_S = beat, 10 * beat
-    world = World.open()
+    world = World.open(Place.read())
     print("open", flush=True)
     try:
         what(world, *arguments)
@@ -190,9 +191,8 @@ def test_any_thread_can_end_the_run():
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(heartbeat, "JOIN_S", 2.0)
-    return Hub(2)
+    return Hub(2, "127.0.0.1")
 
 
 def test_strangers_who_call_are_not_heard(hub):

@@ -62,14 +62,13 @@ def test_the_own_name_as_a_loopback_address_is_of_no_use_to_peers(names, default
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """chosen(MASTER_ADDR, GLOO_SOCKET_IFNAME or None) -> GLOO_SOCKET_IFNAME afterwards."""
+    """chosen(the host of rank 0, GLOO_SOCKET_IFNAME or None) -> GLOO_SOCKET_IFNAME afterwards."""
 
     def choose(master: str, given: str | None = None) -> str | None:
-        monkeypatch.setenv("MASTER_ADDR", master)
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")  # to be put back, whatever becomes of it
         if given is None:
             del os.environ["GLOO_SOCKET_IFNAME"]
-        choose_interface()
+        choose_interface(master)
         return os.environ.get("GLOO_SOCKET_IFNAME")
 
     return choose

@@ -12,7 +12,8 @@ SWEEP = [
     "experiment=quickstart",
     "stages.ratios=[1.5,2]",
     "recipe=paper,default",
-    "tracking.wandb.name='a b, c',d",
+    "tracking.wandb.name='a b, c','ä#d'",
+    "parent.revision=ä#d",
     "run_dir=runs/${recipe}/x y-${tracking.wandb.name}",
 ]
 

@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from plrd_train.errors import UserError
 from plrd_train.heartbeat import say
+from plrd_train.overrides import readable
 from plrd_train.sweep import points
 
 
@@ -17,7 +18,8 @@ def point(index: int, arguments: Sequence[str]) -> list[str]:
     count = len(points(["--multirun", *arguments]))
     if index >= count:
         raise UserError(f"--array: there is no point {index}; the overrides describe {count}: submit with --array=0-{count - 1}")
-    ((*chosen,),) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(arguments)), None)
+    parsed = OverridesParser.create().parse_overrides([readable(argument) for argument in arguments])
+    ((*chosen,),) = BasicSweeper.split_arguments(parsed, None)
     return chosen[index]
 
 

@@ -59,7 +59,7 @@ def _end_of_text(published: Published) -> list[int]:
     that is none of the vocabulary, as -1, ends no text and is left out. Raises UserError where generation_config.json
     is no JSON object, or gives something else than ids."""
     config = published.model.config.get_text_config()
-    file = Path(published.folder) / "generation_config.json"
+    file = published.folder / "generation_config.json"
     mend = "mend it, or remove it, and config.json says which ids end a text"
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -61,7 +61,7 @@ def flush() -> None:
 
 def say(message: str) -> None:
     """Print an error without Python's buffer, whose lock another thread may hold."""
-    os.write(2, f"error: {message}\n".encode())
+    os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
 
 
 def silence(seconds: float) -> str:

@@ -51,13 +51,13 @@ class _Verdict:
 class Hub(Served):
     """The heartbeat of rank 0."""
 
-    def __init__(self, size: int):
-        """Listen for the other ranks of `size`."""
+    def __init__(self, size: int, host: str):
+        """Listen for the other ranks of `size`, which know this machine as `host`."""
         super().__init__()
         everywhere = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if everywhere else socket.AF_INET
         self._listener = socket.create_server(("", 0), family=family, backlog=size, dualstack_ipv6=everywhere)
-        hosts = (os.environ["MASTER_ADDR"], socket.gethostname())
+        hosts = (host, socket.gethostname())
         self.address = Address(hosts, self._listener.getsockname()[1], secrets.token_hex(16), my_name())
         self._size = size
         self._peers: dict[int, _Peer] = {}

@@ -96,6 +96,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 def _config(given: argparse.Namespace) -> Config:
     from plrd_train.compose import compose
     from plrd_train.config import from_mapping
+    from plrd_train.overrides import literal
 
     for override in given.overrides:
         if not override.lstrip("+~").startswith(_KEYS):
@@ -103,8 +104,8 @@ def _config(given: argparse.Namespace) -> Config:
     if given.budget is not None and given.ranks != "uniform":
         raise UserError("--budget: LLM-ROM's ranks are uniform in the blocks that it factors; leave --ranks out, or give --ratio")
     paths = {"parent.path": given.parent, "run_dir": given.out, **({"data.train": given.calibration} if given.calibration else {})}
-    quoted = [f"{key}='{_escaped(str(value))}'" for key, value in paths.items()]
-    (source,) = compose([f"factorizer={given.method}", f"ranks={given.ranks}", *quoted, *_OWN, *given.overrides])
+    chosen = {"factorizer": given.method, "ranks": given.ranks} | paths
+    (source,) = compose([*(f"{key}={literal(str(value))}" for key, value in chosen.items()), *_OWN, *given.overrides])
     config = from_mapping(source)
     looks = f"--method {given.method}" if config.factorizer.settings.statistics else f"--ranks {given.ranks}" if config.ranks.tokens else None
     if looks and not given.calibration:
@@ -197,7 +198,3 @@ def _perplexity(given: argparse.Namespace, config: Config, corpus: Corpus, folde
 def _ratios(text: str) -> tuple[float, ...]:
     ratio = number(above=1)
     return tuple(sorted({ratio(part) for part in text.split(",")}))
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("'", "\\'")

@@ -146,6 +146,18 @@ _PLAIN: dict[str, str] = {
     "seed=range(": "seed",
     "seed=\n": "seed",
     "é=1": "é",
+    # Text with what Hydra's grammar means something by: the argument as it was typed, and the one to paste
+    "parent.path=/data/a=b": """parent.path=/data/a=b: Hydra cannot read this value (it stops at =b); """
+    """if it is text, quote it: 'parent.path="/data/a=b"'""",
+    "run_dir=runs/[a]": """ 'run_dir="runs/[a]"'""",
+    "run_dir=runs/it's": """ 'run_dir="runs/it'"'"'s"'""",
+    "++run_dir=a(b)": """: '++run_dir="a(b)"'""",
+    "data.train=a,b": """: 'data.train="a,b"'""",
+    "stages.ratios=1.25,2": "a list stands in brackets, 'stages.ratios=[1.25,2]'",
+    "parent.path=range(3)": "takes --multirun",
+    "parent.path=2024_01": """quoted: 'parent.path="…"'""",
+    "parent.path@x=3": "Override parent.path@x=3",
+    "run_dir=\x1b[2Jü=": r"run_dir=\x1b[2Jü=",
 }
 CASES = {override: ((*TINY, override), named) for override, named in (_PLAIN | VALUES).items()} | {
     "no experiment": (("seed=1",), "parent.path"),

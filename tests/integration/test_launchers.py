@@ -117,11 +117,11 @@ def free_port() -> int:
 
 def test_torchrun_on_one_node(command, tmp_path):
     with launched(
-        [LAUNCH / "torchrun.sh", *command(tmp_path / "run", SHORT)], NNODES=1, NPROC=2, RDZV=f"{socket.gethostname()}:{free_port()}"
+        [LAUNCH / "torchrun.sh", *command(tmp_path / "ein kürzerer Lauf", SHORT)], NNODES=1, NPROC=2, RDZV=f"{socket.gethostname()}:{free_port()}"
     ) as run:
         assert run.status() == 0, run.err
     assert run_job(2, command(tmp_path / "expected", SHORT)).status == 0
-    assert same_members(tmp_path / "run", tmp_path / "expected")
+    assert same_members(tmp_path / "ein kürzerer Lauf", tmp_path / "expected")
 
 
 def test_hosts_that_do_not_meet():
@@ -132,7 +132,8 @@ def test_hosts_that_do_not_meet():
 
 
 def test_a_mistake_comes_back_as_its_line_and_status(command, tmp_path):
-    with launched([LAUNCH / "local.sh", *command(tmp_path / "run", "data.train=/no/where")], NPROC=1) as run:
+    left_over = {"RANK": "7", "WORLD_SIZE": "", "LOCAL_RANK": "x", "MASTER_ADDR": "nowhere.invalid"}  # the launcher sets its own
+    with launched([LAUNCH / "local.sh", *command(tmp_path / "run", "data.train=/no/where")], NPROC=1, **left_over) as run:
         assert run.status() == 2
         (line,) = run.err.splitlines()
         assert line.startswith("error: ") and "/no/where" in line
@@ -140,7 +141,7 @@ def test_a_mistake_comes_back_as_its_line_and_status(command, tmp_path):
 
 def test_deepspeed_is_asked_to_stop_through_its_script(command, tmp_path):
     run_dir = tmp_path / "run"
-    with launched([LAUNCH / "deepspeed.sh", *command(run_dir, "engine=zero3")], NPROC=2) as run:
+    with launched([LAUNCH / "deepspeed.sh", *command(run_dir, "engine=zero3")], NPROC=2, RANK="7", WORLD_SIZE="9") as run:
         run.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len((run_dir / "metrics.jsonl").read_text().splitlines()) > 2)
         run.process.send_signal(signal.SIGUSR1)
         assert run.status() == 75, run.err

@@ -27,7 +27,7 @@ def test_points_as_jobs(command, tiny, tmp_path, monkeypatch):
     """One of them finds its corpus gone: the other is made nevertheless, and the sweep says which failed, and where to read why."""
     monkeypatch.chdir(tmp_path)
     sweep = ["--multirun", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=30", f"data.train=/no/where,{tiny / 'corpus'}"]
-    arguments = command(tmp_path / "run ${hydra:job.num}", *ONE_STAGE, *sweep)
+    arguments = command(tmp_path / "Größter Lauf ${hydra:job.num}", *ONE_STAGE, *sweep)
     with launched([sys.executable, "-m", "plrd_train", *arguments], NPROC=1, OMP_NUM_THREADS=1) as run:
         assert run.status() == 2
         line = run.err.splitlines()[-1]
@@ -36,7 +36,7 @@ def test_points_as_jobs(command, tiny, tmp_path, monkeypatch):
     (said,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert "/no/where" in said and log.is_relative_to(tmp_path / "runs" / "multirun")
     assert run_job(1, command(tmp_path / "alone", *ONE_STAGE)).status == 0
-    assert same_members(tmp_path / "run 1", tmp_path / "alone")
+    assert same_members(tmp_path / "Größter Lauf 1", tmp_path / "alone")
 
 
 TWO = ("experiment=tinystories", "parent.path=p", "data.train=t", "data.validation=v", "--multirun", "recover.lr=1e-3,2e-3")
