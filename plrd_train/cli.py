@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plrd_train.arguments import Parser, number, whole
+from plrd_train.arguments import Parser, given_folder, given_path, number, whole
 from plrd_train.errors import UserError
 from plrd_train.family import Family
 from plrd_train.oneshot.command import add_arguments as factor_arguments
@@ -244,16 +244,19 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "say what a run takes before it is launched: memory, hours, disk")
 
     for sub in (show, report):
-        sub.add_argument("family", metavar="FAMILY", type=Path, help="the run_dir of a family")
-    evaluate.add_argument("model", metavar="MEMBER|FAMILY", help="a member's folder, any other model (folder or hub id), or the run_dir of a family")
-    evaluate.add_argument("--data", metavar="CORPUS", help="a folder, glob or hub id of held-out text (default: the family's data.validation)")
+        sub.add_argument("family", metavar="FAMILY", type=given_folder, help="the run_dir of a family")
+    models = "a member's folder, any other model (folder or hub id), or the run_dir of a family"
+    evaluate.add_argument("model", metavar="MEMBER|FAMILY", type=given_path, help=models)
+    text = "a folder, glob or hub id of held-out text (default: the family's data.validation)"
+    evaluate.add_argument("--data", metavar="CORPUS", type=given_path, help=text)
     own = "default: as the family's run did, else %s"
     evaluate.add_argument("--context", metavar="N", type=whole(2), help=f"tokens read of each document ({own % 256})")
     evaluate.add_argument("--tokens", metavar="N", type=whole(1), help=f"predicted tokens, at most ({own % '1,000,000'})")
     evaluate.add_argument("--batch", metavar="N", type=whole(1), help=f"documents at once, a matter of speed and memory ({own % 8})")
     evaluate.add_argument("--dtype", choices=("fp32", "bf16"), help=f"what it computes in; the weights are as published ({own % 'fp32'})")
     evaluate.add_argument("--skip-bad", action="store_true", help="leave bad lines of the corpus out and count them instead of ending")
-    generate.add_argument("model", metavar="MEMBER|PARENT", help="a member's folder, or any other model (folder or hub id)")
+    models = "a member's folder, or any other model (folder or hub id)"
+    generate.add_argument("model", metavar="MEMBER|PARENT", type=given_path, help=models)
     generate.add_argument("--prompt", metavar="P", required=True, help="the text to continue")
     generate.add_argument(
         "--max-tokens", metavar="N", type=whole(1), default=128, help="tokens to write, fewer where text or context ends (default: %(default)s)"

@@ -15,11 +15,14 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from plrd_train.arguments import expanded
 from plrd_train.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel.
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+# The keys that may hold a path.
+PATHS = ("run_dir", "parent.path", "parent.scratch.tokenizer", "data.train", "data.validation", "engine.nvme_path")
 
 
 class _NoOverridesError(UserError):
@@ -36,6 +39,7 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
     def resolve(config: DictConfig) -> None:  # called by Hydra, as long as `${hydra:job.num}` means something
         try:
+            expand_paths(config)
             jobs.append(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
         except Exception as error:  # Hydra would print it
             failures.append(error)
@@ -56,6 +60,33 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
     return jobs
 
 
+def expand_paths(config: DictConfig) -> None:
+    """Write the home folder for a leading ~ into every key of PATHS, and so into what interpolates it.
+
+    Raises UserError where there is no such home.
+    """
+    for key in PATHS:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(config, key, _expanded(key, value))
+
+
+def _expanded(key: str, value: str) -> str:
+    try:
+        return expanded(value)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def with_home(argument: str) -> str:
+    """The override `argument` with the home folder for a leading ~ of a path, or of the paths in a sweep's list: Hydra's
+    grammar has no ~ outside quotes. Raises UserError where there is no such home."""
+    key, _, value = argument.partition("=")
+    if not value.startswith("~") or key.lstrip("+") not in PATHS:
+        return argument
+    return f"{key}={','.join(_expanded(key, one) if one.startswith('~') else one for one in value.split(','))}"
+
+
 def call_hydra(arguments: Sequence[str], task: Callable[[DictConfig], None]) -> None:
     """Let Hydra compose each job that `arguments` describe, and its launcher call `task` with it.
 
@@ -64,7 +95,7 @@ def call_hydra(arguments: Sequence[str], task: Callable[[DictConfig], None]) -> 
     _check_groups(arguments)
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     ordered = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra takes no flag between two overrides
-    sys.argv = [sys.argv[0], *(_permissive(argument) for argument in ordered if not argument.startswith("--local_rank"))]
+    sys.argv = [sys.argv[0], *(_permissive(with_home(argument)) for argument in ordered if not argument.startswith("--local_rank"))]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed
     try:
         with _in_one_line():

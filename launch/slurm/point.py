@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from plrd_train.compose import with_home
 from plrd_train.errors import UserError
 from plrd_train.heartbeat import say
 from plrd_train.sweep import points
@@ -17,7 +18,8 @@ def point(index: int, arguments: Sequence[str]) -> list[str]:
     count = len(points(["--multirun", *arguments]))
     if index >= count:
         raise UserError(f"--array: there is no point {index}; the overrides describe {count}: submit with --array=0-{count - 1}")
-    ((*chosen,),) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(arguments)), None)
+    overrides = OverridesParser.create().parse_overrides([with_home(argument) for argument in arguments])
+    ((*chosen,),) = BasicSweeper.split_arguments(overrides, None)
     return chosen[index]
 
 

@@ -6,10 +6,9 @@ import argparse
 import time
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plrd_train.arguments import number
+from plrd_train.arguments import given_folder, given_path, number
 from plrd_train.errors import UserError
 from plrd_train.family import Family
 from plrd_train.tracking import console
@@ -30,8 +29,8 @@ _KEYS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parent", metavar="PARENT", help="a Hugging Face folder or hub id")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder of the family, as of a run")
+    parser.add_argument("parent", metavar="PARENT", type=given_path, help="a Hugging Face folder or hub id")
+    parser.add_argument("out", metavar="OUT", type=given_folder, help="the folder of the family, as of a run")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="further keys of conf/, as factorizer.epochs=8 data.seq_len=2048")
     parser.add_argument("--method", metavar="M", required=True, help="as factorizer= of the main job: svd, whitened, rom, refined, …")
     wanted = parser.add_mutually_exclusive_group(required=True)
@@ -43,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the share of all parameters to keep, by factoring the last blocks alone (LLM-ROM)",
     )
     parser.add_argument("--ranks", metavar="ALLOCATION", default="uniform", help="uniform, energy or sensitivity (default: %(default)s)")
-    parser.add_argument("--calibration", metavar="CORPUS", help="a folder, glob or hub id of text, for methods and ranks that look at some")
-    parser.add_argument("--data", metavar="CORPUS", help="measure held-out perplexity on this one")
+    text = "a folder, glob or hub id of text, for methods and ranks that look at some"
+    parser.add_argument("--calibration", metavar="CORPUS", type=given_path, help=text)
+    parser.add_argument("--data", metavar="CORPUS", type=given_path, help="measure held-out perplexity on this one")
     parser.add_argument("--revision", metavar="R", help="of a PARENT on the hub (default: its main branch)")
 
 
@@ -101,7 +101,8 @@ def _config(given: argparse.Namespace) -> Config:
             raise UserError(f"{override}: means nothing here; keys are {', '.join(_KEYS)}")
     if given.budget is not None and given.ranks != "uniform":
         raise UserError("--budget: LLM-ROM's ranks are uniform in the blocks that it factors; leave --ranks out, or give --ratio")
-    paths = {"parent.path": given.parent, "run_dir": given.out, **({"data.train": given.calibration} if given.calibration else {})}
+    paths = {"parent.path": given.parent, "run_dir": given.out.absolute()}
+    paths |= {"data.train": given.calibration} if given.calibration else {}
     quoted = [f"{key}='{_escaped(str(value))}'" for key, value in paths.items()]
     (source,) = compose([f"factorizer={given.method}", f"ranks={given.ranks}", *quoted, *_OWN, *given.overrides])
     config = from_mapping(source)
