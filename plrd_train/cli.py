@@ -22,6 +22,7 @@ from plrd_train.tracking import console
 
 if TYPE_CHECKING:
     from plrd_train.config import Config
+    from plrd_train.data.corpus import Corpus
     from plrd_train.evaluation.held_out import HeldOut
     from plrd_train.hub.parents import Parent
 
@@ -154,7 +155,24 @@ def _held_out(given: argparse.Namespace, home: Path | None, config: Config | Non
         skip_bad = skip_bad or config.data.skip_bad
     else:
         raise UserError(f"--data: {given.model} is of no run that says what to evaluate on; give --data CORPUS")
+    if config is not None and home is not None:
+        _say_overlap(corpus, home, config)
     return HeldOut(corpus, given.context or settings.context, given.tokens or settings.tokens, given.batch or settings.batch, skip_bad)
+
+
+def _say_overlap(held_out: Corpus, home: Path, config: Config) -> None:
+    """Say so where the run of `config` was trained on shards of `held_out`, as far as its corpus is still there."""
+    from plrd_train.data.corpus import is_local, overlap, resolve_corpus
+
+    train = _lies_at(config.data.train, home, config)
+    if is_local(train) != (held_out.revision is None):  # one is on the hub, and the other is not, or is gone
+        return
+    try:
+        trained_on = resolve_corpus(train, "train", config.data.revision)
+    except UserError:
+        return
+    if note := overlap(trained_on, held_out, "trained on"):
+        console.say(note)
 
 
 def _lies_at(path: str, home: Path, config: Config | None) -> str:

@@ -52,7 +52,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     """Make the members that `given` asks for, those that are not there yet. Raises UserError."""
     from transformers.utils import logging
 
-    from plrd_train.data.corpus import resolve_corpus
+    from plrd_train.data.corpus import overlap, resolve_corpus
     from plrd_train.hub.card import member_card
     from plrd_train.hub.parents import open_parent
     from plrd_train.oneshot.factor import OneShot
@@ -62,8 +62,11 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()
     config = _config(given)
     held_out = resolve_corpus(given.data, "validation") if given.data else None
+    calibration = resolve_corpus(given.calibration, "train", config.data.revision) if given.calibration else None
+    if held_out and calibration and _reads_text(config) and (note := overlap(calibration, held_out, "calibrated on")):
+        console.say(note)
     parent = open_parent(given.parent, given.revision or "main", given.trust_remote_code)
-    oneshot = OneShot(parent, config, _text(given, config, parent), unfinished=given.out / "factors")
+    oneshot = OneShot(parent, config, _text(given, config, parent, calibration), unfinished=given.out / "factors")
     made_by = {"factorizer": {"name": config.factorizer.name, **vars(config.factorizer.settings)}, "allocation": config.ranks.name}
     asked: dict[str, Ranks | float] = {f"{ratio:g}x": ratio for ratio in given.ratio or ()}
     if given.budget is not None:
@@ -106,19 +109,21 @@ def _config(given: argparse.Namespace) -> Config:
     quoted = [f"{key}='{_escaped(str(value))}'" for key, value in paths.items()]
     (source,) = compose([f"factorizer={given.method}", f"ranks={given.ranks}", *quoted, *_OWN, *given.overrides])
     config = from_mapping(source)
-    looks = f"--method {given.method}" if config.factorizer.settings.statistics else f"--ranks {given.ranks}" if config.ranks.tokens else None
-    if looks and not given.calibration:
+    if _reads_text(config) and not given.calibration:
+        looks = f"--method {given.method}" if config.factorizer.settings.statistics else f"--ranks {given.ranks}"
         raise UserError(f"--calibration: {looks} looks at text; give --calibration CORPUS")
     return config
 
 
-def _text(given: argparse.Namespace, config: Config, parent: Parent) -> Text:
-    """text(tokens): that much of the calibration corpus, read once."""
-    from plrd_train.data.corpus import resolve_corpus
+def _reads_text(config: Config) -> bool:
+    return bool(config.factorizer.settings.statistics or config.ranks.tokens)
+
+
+def _text(given: argparse.Namespace, config: Config, parent: Parent, corpus: Corpus | None) -> Text:
+    """text(tokens): that much of the calibration `corpus`, read once."""
     from plrd_train.hub.parents import load_tokenizer
     from plrd_train.training import calibration_text
 
-    corpus = resolve_corpus(given.calibration, "train", config.data.revision) if given.calibration else None
     tokenizer = load_tokenizer(parent, given.trust_remote_code)
 
     @cache
