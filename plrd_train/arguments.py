@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from plrd_train.errors import UserError
@@ -24,6 +26,28 @@ class Parser(argparse.ArgumentParser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._mixing = False
+
+
+def expanded(path: str) -> str:
+    """`path` with the home folder that a leading ~ or ~user stands for. Raises UserError where there is none."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        user = path.partition("/")[0]
+        raise UserError(f"{path}: {user} is no home folder that is known here; write the path out")
+    return found
+
+
+def given_path(text: str) -> str:
+    """A path, or whatever else may stand for one: a glob, a hub id."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def given_folder(text: str) -> Path:
+    """The path of a folder, which need not be there."""
+    return Path(given_path(text))
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plrd_train.arguments import Parser, number, whole
+from plrd_train.arguments import Parser, given_folder, given_path, number, whole
 from plrd_train.errors import UserError
 from plrd_train.family import Family
 from plrd_train.oneshot.command import add_arguments as factor_arguments
@@ -22,6 +22,7 @@ from plrd_train.tracking import console
 
 if TYPE_CHECKING:
     from plrd_train.config import Config
+    from plrd_train.data.corpus import Corpus
     from plrd_train.evaluation.held_out import HeldOut
     from plrd_train.hub.parents import Parent
 
@@ -154,7 +155,24 @@ def _held_out(given: argparse.Namespace, home: Path | None, config: Config | Non
         skip_bad = skip_bad or config.data.skip_bad
     else:
         raise UserError(f"--data: {given.model} is of no run that says what to evaluate on; give --data CORPUS")
+    if config is not None and home is not None:
+        _say_overlap(corpus, home, config)
     return HeldOut(corpus, given.context or settings.context, given.tokens or settings.tokens, given.batch or settings.batch, skip_bad)
+
+
+def _say_overlap(held_out: Corpus, home: Path, config: Config) -> None:
+    """Say so where the run of `config` was trained on shards of `held_out`, as far as its corpus is still there."""
+    from plrd_train.data.corpus import is_local, overlap, resolve_corpus
+
+    train = _lies_at(config.data.train, home, config)
+    if is_local(train) != (held_out.revision is None):  # one is on the hub, and the other is not, or is gone
+        return
+    try:
+        trained_on = resolve_corpus(train, "train", config.data.revision)
+    except UserError:
+        return
+    if note := overlap(trained_on, held_out, "trained on"):
+        console.say(note)
 
 
 def _lies_at(path: str, home: Path, config: Config | None) -> str:
@@ -244,16 +262,19 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "say what a run takes before it is launched: memory, hours, disk")
 
     for sub in (show, report):
-        sub.add_argument("family", metavar="FAMILY", type=Path, help="the run_dir of a family")
-    evaluate.add_argument("model", metavar="MEMBER|FAMILY", help="a member's folder, any other model (folder or hub id), or the run_dir of a family")
-    evaluate.add_argument("--data", metavar="CORPUS", help="a folder, glob or hub id of held-out text (default: the family's data.validation)")
+        sub.add_argument("family", metavar="FAMILY", type=given_folder, help="the run_dir of a family")
+    models = "a member's folder, any other model (folder or hub id), or the run_dir of a family"
+    evaluate.add_argument("model", metavar="MEMBER|FAMILY", type=given_path, help=models)
+    text = "a folder, glob or hub id of held-out text (default: the family's data.validation)"
+    evaluate.add_argument("--data", metavar="CORPUS", type=given_path, help=text)
     own = "default: as the family's run did, else %s"
     evaluate.add_argument("--context", metavar="N", type=whole(2), help=f"tokens read of each document ({own % 256})")
     evaluate.add_argument("--tokens", metavar="N", type=whole(1), help=f"predicted tokens, at most ({own % '1,000,000'})")
     evaluate.add_argument("--batch", metavar="N", type=whole(1), help=f"documents at once, a matter of speed and memory ({own % 8})")
     evaluate.add_argument("--dtype", choices=("fp32", "bf16"), help=f"what it computes in; the weights are as published ({own % 'fp32'})")
     evaluate.add_argument("--skip-bad", action="store_true", help="leave bad lines of the corpus out and count them instead of ending")
-    generate.add_argument("model", metavar="MEMBER|PARENT", help="a member's folder, or any other model (folder or hub id)")
+    models = "a member's folder, or any other model (folder or hub id)"
+    generate.add_argument("model", metavar="MEMBER|PARENT", type=given_path, help=models)
     generate.add_argument("--prompt", metavar="P", required=True, help="the text to continue")
     generate.add_argument(
         "--max-tokens", metavar="N", type=whole(1), default=128, help="tokens to write, fewer where text or context ends (default: %(default)s)"

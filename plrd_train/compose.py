@@ -15,12 +15,15 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from plrd_train.arguments import expanded
 from plrd_train.errors import UserError
 from plrd_train.overrides import check, literal, readable
 
 _PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel.
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+# The keys that may hold a path.
+PATHS = ("run_dir", "parent.path", "parent.scratch.tokenizer", "data.train", "data.validation", "engine.nvme_path")
 
 
 class _NoOverridesError(UserError):
@@ -37,6 +40,7 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
     def resolve(config: DictConfig) -> None:  # called by Hydra, as long as `${hydra:job.num}` means something
         try:
+            expand_paths(config)
             jobs.append(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
         except Exception as error:  # Hydra would print it
             failures.append(error)
@@ -55,6 +59,24 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
         for failure in failures:
             raise failure
     return jobs
+
+
+def expand_paths(config: DictConfig) -> None:
+    """Write the home folder for a leading ~ into every key of PATHS, and so into what interpolates it.
+
+    Raises UserError where there is no such home.
+    """
+    for key in PATHS:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(config, key, _expanded(key, value))
+
+
+def _expanded(key: str, value: str) -> str:
+    try:
+        return expanded(value)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def call_hydra(arguments: Sequence[str], task: Callable[[DictConfig], None]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plrd_train import resolved
 from plrd_train.config import from_mapping
-from plrd_train.data.corpus import resolve_corpus
+from plrd_train.data.corpus import overlap, resolve_corpus
 from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.embedded import write_corpus
 from plrd_train.data.loader import merge_positions
@@ -87,6 +87,8 @@ class Run:
         self.engine: Engine = open_engine(config.engine.name, config.engine.settings, world)
         self._train = world.on_main(lambda: resolve_corpus(config.data.train, "train", config.data.revision))
         held_out = world.on_main(lambda: resolve_corpus(config.data.validation, "validation", config.data.revision))
+        if world.is_main and (note := overlap(self._train, held_out, "trained on")):
+            console.say(note)
         if config.parent.scratch is not None:
             train_parent(config, world, self.engine, self._train, request)
         remote_code = config.parent.trust_remote_code

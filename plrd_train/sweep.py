@@ -17,7 +17,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from plrd_train.compose import call_hydra, compose
+from plrd_train.compose import call_hydra, compose, expand_paths
 from plrd_train.config import from_mapping
 from plrd_train.errors import UserError
 from plrd_train.heartbeat import say
@@ -98,6 +98,7 @@ def run_point(config: DictConfig) -> None:
     import torch
     from submitit.core.utils import UncompletedJobError
 
+    expand_paths(config)
     job = submitit.JobEnvironment()
     if job.num_tasks != job.num_nodes:
         raise PointError(2, "hydra.launcher.tasks_per_node: leave it at 1; the job's torchrun starts the ranks")

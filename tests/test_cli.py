@@ -121,6 +121,41 @@ def test_what_lay_in_the_run_dir_is_found_where_the_family_was_moved(world_of_mo
     assert plrd_json("evaluate", home) == plrd_json("evaluate", world_of_models / "fp32")
 
 
+def test_text_that_a_family_was_trained_on_is_told(world_of_models, tmp_path, plrd):
+    train, home = world_of_models / "train", world_of_models / "fp32"
+    (tmp_path / "link").symlink_to(train)
+    for model, data in ((home, train), (home / "members" / "2x", tmp_path / "link" / "*.jsonl")):
+        status, out, err = plrd("evaluate", model, "--data", data, "--tokens", 40, "--json")
+        (note,) = [line for line in err.splitlines() if line.startswith("note: ")]
+        shard = train / "texts.jsonl" if data == train else tmp_path / "link" / "texts.jsonl"
+        assert status == 0 and note == (
+            f"note: trained on as well as evaluated on: 1 of 1 shards, {shard} among them; this perplexity is not held out"
+        )
+    for arguments in ((home, "--data", world_of_models / "other"), (home,), (world_of_models / "parent", "--data", train)):
+        status, out, err = plrd("evaluate", *arguments, "--tokens", 40)
+        assert status == 0 and "note: " not in out + err
+
+
+def test_home_is_written_out_in_every_argument(world_of_models, tmp_path, plrd, plrd_json, monkeypatch):
+    monkeypatch.setenv("HOME", str(world_of_models))
+    monkeypatch.chdir(tmp_path)
+    assert plrd_json("show", "~/fp32") == plrd_json("show", world_of_models / "fp32")
+    few = ("--tokens", 40)
+    assert plrd_json("evaluate", "~/parent", "--data", "~/other", *few) == plrd_json(
+        "evaluate", world_of_models / "parent", "--data", world_of_models / "other", *few
+    )
+    assert plrd_json("generate", "~/parent", "--prompt", "w3", "--max-tokens", 1)["tokens"] == 1
+    (tmp_path / "parent").symlink_to(world_of_models / "parent")
+    (tmp_path / "train").symlink_to(world_of_models / "train")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    looking = ("--calibration", "~/train", "--data", "~/train", "data.seq_len=16", "factorizer.calibration_tokens=256")
+    family = plrd_json("factor", "~/parent", "~/family", "--method", "whitened", "--ratio", 2, *looking)
+    assert family["parent"]["path"] == str(tmp_path / "parent") and (tmp_path / "family" / "family.json").is_file()
+    status, out, err = plrd("report", "~nobody_such/family")
+    assert (status, out) == (2, "") and err.startswith("error: argument FAMILY: ~nobody_such/family: ~nobody_such is no home folder")
+    assert not list(tmp_path.glob("~*"))
+
+
 def test_evaluate_for_people(world_of_models, plrd):
     status, out, _ = plrd("evaluate", world_of_models / "fp32")
     ppl = reference(world_of_models / "parent", world_of_models / "validation")[0]

@@ -1,5 +1,8 @@
 """Composition and the schema: what experiments hold, and the one line that each mistake gives."""
 
+import functools
+from pathlib import Path
+
 import pytest
 
 from plrd_train.compose import CONF, compose
@@ -44,6 +47,45 @@ def test_total_tokens_are_split_by_growth():
 
 def test_launchers_may_add_their_local_rank():
     assert configured("--local_rank=1", *TINY).experiment == "tinystories"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("run_dir=~/x",), {"run_dir": "/home/me/x"}),
+        (("run_dir='~/with space/x'",), {"run_dir": "/home/me/with space/x"}),
+        (("++run_dir=~",), {"run_dir": "/home/me"}),
+        (("data.train=~/a/*.jsonl", 'data.validation="~/b"'), {"data.train": "/home/me/a/*.jsonl", "data.validation": "/home/me/b"}),
+        (("parent.path=~root/p",), {"parent.path": f"{Path('~root').expanduser()}/p"}),
+        (("parent.path='~/p'", "run_dir='runs/${parent.path}'"), {"parent.path": "/home/me/p", "run_dir": "runs//home/me/p"}),
+        (("run_dir=${oc.env:PLACE}/x",), {"run_dir": "/home/me/there/x"}),
+        (("parent=scratch", "~parent.path", "++parent.path='${run_dir}/parent'", "run_dir='~/x'"), {"parent.path": "/home/me/x/parent"}),
+        (("parent=scratch", "parent.scratch.tokenizer=~/t"), {"parent.scratch.tokenizer": "/home/me/t"}),
+        (("engine=zero3", "engine.nvme_path='~/disk'"), {"engine.nvme_path": "/home/me/disk"}),
+        (("data.train='${run_dir}/c'", "run_dir=~/x"), {"data.train": "/home/me/x/c"}),
+        (("run_dir='./~x'", "data.train='a~/b'"), {"run_dir": "./~x", "data.train": "a~/b"}),
+        (("tracking.wandb.name='~/x'",), {"tracking.wandb.name": "~/x"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_home_is_written_out_in_every_path(monkeypatch, overrides, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "~/there")
+    (job,) = compose([*TINY, *overrides])
+    assert {key: functools.reduce(dict.__getitem__, key.split("."), job) for key in expected} == expected
+
+
+def test_home_is_written_out_in_the_lists_of_a_sweep(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    jobs = compose(["--multirun", *TINY, "data.train=~/a,/b,~/c", "run_dir='~/r-${seed}'", "seed=1"])
+    assert [(job["data"]["train"], job["run_dir"]) for job in jobs] == [(path, "/home/me/r-1") for path in ("/home/me/a", "/b", "/home/me/c")]
+
+
+@pytest.mark.parametrize("override", ["run_dir=~nobody_such/x", "data.validation='~nobody_such/x'"])
+def test_a_home_that_is_not_known_is_refused(override):
+    with pytest.raises(UserError) as error:
+        compose([*TINY, override])
+    assert str(error.value) == f"{override.partition('=')[0]}: ~nobody_such/x: ~nobody_such is no home folder that is known here; write the path out"
 
 
 def test_a_sweep_gives_one_config_a_point():

@@ -116,6 +116,14 @@ def test_the_main_job_factors_its_first_stage_so(plrd_json, command, tiny, tmp_p
         assert entry["eval"]["ppl"] == pytest.approx(other["eval_factored"]["ppl"], rel=1e-3)
 
 
+def test_text_that_is_calibrated_and_evaluated_on_is_told(plrd, tiny, tmp_path):
+    shard = tiny / "corpus" / "train" / "chunk1" / "example_train_1.jsonl.zst"
+    note = f"note: calibrated on as well as evaluated on: 1 of 1 shards, {shard} among them; this perplexity is not held out"
+    for method, options, told in (("whitened", looking(tiny), 1), ("svd", [*looking(tiny)[:2], *TEXT], 0)):  # svd looks at no text
+        status, out, err = plrd("factor", tiny / "parent", tmp_path / method, "--method", method, "--ratio", 2, *options, "--data", shard)
+        assert (status, err) == (0, "") and out.splitlines().count(note) == told == out.count("note: ")
+
+
 def test_several_ratios_at_once_are_those_of_one_each(plrd_json, tiny, tmp_path):
     options = ["--method", "whitened", "--ranks", "energy", *looking(tiny)]
     plrd_json("factor", tiny / "parent", tmp_path / "both", "--ratio", "1.25,1.6", *options)

@@ -1,4 +1,4 @@
-"""launch/slurm/point.py: each task of an array takes one point of a sweep."""
+"""launch/slurm/: point.py, by which a task of an array takes one point of a sweep, and run_dir.py, by which a job logs."""
 
 import importlib.util
 from pathlib import Path
@@ -15,15 +15,21 @@ SWEEP = [
     "tracking.wandb.name='a b, c','ä#d'",
     "parent.revision=ä#d",
     "run_dir=runs/${recipe}/x y-${tracking.wandb.name}",
+    "data.train=~/a",
+    "data.validation='~/b'",
 ]
+
+
+def imported(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parents[1] / "launch" / "slurm" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def point():
-    spec = importlib.util.spec_from_file_location("point", Path(__file__).resolve().parents[1] / "launch" / "slurm" / "point.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.point
+    return imported("point").point
 
 
 def test_a_point_is_what_multirun_makes_of_it(point):
@@ -44,3 +50,26 @@ def test_mistakes_are_found_by_every_task(point, index, arguments, message):
     with pytest.raises(UserError) as error:
         point(index, arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed", "said"),
+    [
+        (["run_dir='~/x y'"], "/home/me/x y\n", ""),
+        (["parent.path=~/p", "run_dir=runs/${parent.path}"], "runs//home/me/p\n", ""),
+        ([], "runs/quickstart\n", ""),
+        (["run_dir='~nobody_such/x'"], "", "error: run_dir: ~nobody_such/x: "),
+        (["seed=x"], "", "error: seed: "),
+        (["--multirun", "seed=1,2", "run_dir=r-${seed}"], "", "error: these arguments describe 2 runs"),
+    ],
+)
+def test_where_a_job_logs_is_where_its_run_writes(monkeypatch, capfd, arguments, printed, said):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr("sys.argv", ["run_dir.py", "experiment=quickstart", *arguments])
+    if said:
+        with pytest.raises(SystemExit, match="2"):
+            imported("run_dir").main()
+    else:
+        imported("run_dir").main()
+    out, err = capfd.readouterr()
+    assert out == printed and err.startswith(said) and err.count("\n") == bool(said)

@@ -41,6 +41,15 @@ def before(tmp_path) -> dict:
     return found
 
 
+def test_two_spellings_of_one_path_are_one_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for written in ("~", "'~", str(tmp_path)):
+        paths = [f"{key}={written}/{key}" + "'" * written.startswith("'") for key in ("parent.path", "data.train", "data.validation", "run_dir")]
+        (job,) = compose(["experiment=tinystories", *paths])
+        resolved.refuse_other(job, resolved.read(tmp_path), tmp_path)
+        resolved.write(job, tmp_path)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

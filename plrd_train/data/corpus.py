@@ -7,17 +7,17 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from plrd_train.data.shards import READ_ERRORS
+from plrd_train.data.splits import Split, narrow_to_split
 from plrd_train.errors import UserError
 
-Split = Literal["train", "validation"]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SPLIT_FOLDERS = ("train", "validation", "test")
+_SUFFIX = re.compile(r"\.jsonl(\.gz|\.zst)?$")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -45,19 +45,21 @@ class Corpus:
 def resolve_corpus(spec: str, split: Split, revision: str | None = None) -> Corpus:
     """List the shards (.jsonl, .jsonl.gz, .jsonl.zst, at any depth) of `spec`: a folder, a file, a glob or a hub dataset id, tried in that order.
 
-    A folder or dataset with sub-folders train/, validation/ or test/ is narrowed to the one named `split`; a glob or file is taken as it is.
-    `revision` pins a hub dataset and means nothing for local files; a private dataset is read with HF_TOKEN.
+    A folder or dataset whose folders or files are named as splits is narrowed to `split` (`plrd_train.data.splits`); a
+    glob or file is taken as it is. `revision` pins a hub dataset and means nothing for local files; a private dataset
+    is read with HF_TOKEN.
 
-    Raises UserError where nothing is found, where no shard is among what is found or all are empty, and where the hub cannot be reached.
+    Raises UserError where nothing is found, where no shard is among what is found or all are empty, where names do not
+    tell which shards are of `split`, where two shards hold the same documents, and where the hub cannot be reached.
     """
-    path = os.path.expanduser(spec)
-    if os.path.isdir(path):
-        names = [os.path.relpath(shard, path) for shard in _shards_under(path)]
-        return _local_corpus(spec, (os.path.join(path, name) for name in _narrow_to_split(spec, names, split)))
-    if os.path.isfile(path):
-        return _local_corpus(spec, (shard for shard in [path] if shard.endswith(SUFFIXES)))
-    if glob.has_magic(path):
-        found = glob.glob(path, recursive=True)
+    if os.path.isdir(spec):
+        names = [os.path.relpath(shard, spec) for shard in _shards_under(spec)]
+        narrowed = narrow_to_split(spec, names, split, os.path.basename(os.path.abspath(spec)))
+        return _local_corpus(spec, (os.path.join(spec, name) for name in narrowed))
+    if os.path.isfile(spec):
+        return _local_corpus(spec, (shard for shard in [spec] if shard.endswith(SUFFIXES)))
+    if glob.has_magic(spec):
+        found = glob.glob(spec, recursive=True)
         if not found:
             raise UserError(f"{spec}: this glob matches nothing; quote it so that the shell leaves it alone, and check the path")
         return _local_corpus(
@@ -68,23 +70,45 @@ def resolve_corpus(spec: str, split: Split, revision: str | None = None) -> Corp
     raise UserError(f"{spec}: no such folder; give a folder of {' / '.join(SUFFIXES)} shards, a glob, or a Hugging Face dataset id")
 
 
+def is_local(spec: str) -> bool:
+    """Whether `resolve_corpus` looks for `spec` on this machine and not on the hub."""
+    return os.path.exists(spec) or glob.has_magic(spec)
+
+
+def overlap(read: Corpus, held_out: Corpus, use: str) -> str | None:
+    """The note that shards of `held_out` are in `read` too; None where there are none. `use` is what `read` is for:
+    "trained on", "calibrated on".
+
+    Shards are the same by their names without compression, or, on this machine, by the file that links lead to.
+    """
+    known = {same for shard in read.shards for same in _same(shard)}
+    both = [shard for shard in held_out.shards if not known.isdisjoint(_same(shard))]
+    if not both:
+        return None
+    shared = f"{len(both)} of {len(held_out.shards)} shards, {both[0]} among them"
+    return f"note: {use} as well as evaluated on: {shared}; this perplexity is not held out"
+
+
+def _same(shard: str) -> tuple[str, ...]:
+    """What two shards of the same documents have in common, one of these at least."""
+    name = _SUFFIX.sub("", shard)
+    return (name,) if shard.startswith("hf://") else (name, os.path.realpath(shard))
+
+
+def _refuse_twice(spec: str, shards: Iterable[str]) -> None:
+    """Raise UserError where two `shards` hold the same documents: compressed and not, or by a link."""
+    seen: dict[str, str] = {}
+    for shard in shards:
+        for same in _same(shard):
+            if seen.setdefault(same, shard) != shard:
+                both = f"{seen[same]} and {shard} hold the same documents"
+                raise UserError(f"{spec}: {both}; remove one of them, or give a glob that leaves it out")
+
+
 def _shards_under(folder: str) -> list[str]:
     """Hidden files and folders are left out: they hold downloads in progress and caches."""
     inside = glob.iglob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
     return [path for path in inside if path.endswith(SUFFIXES) and os.path.isfile(path)]
-
-
-def _narrow_to_split(spec: str, names: list[str], split: Split) -> list[str]:
-    """Of shards named relative to the corpus' root, those of `split`: all where the root has no folder named as a split."""
-    splits = sorted({name.split("/")[0] for name in names if "/" in name}.intersection(SPLIT_FOLDERS))
-    if not splits:
-        return names
-    if split not in splits:
-        raise UserError(f"{spec}: has {' and '.join(splits)} but no {split}; name the folder to use as {split} data")
-    for name in names:
-        if name.split("/")[0] not in SPLIT_FOLDERS:
-            raise UserError(f"{spec}: has shards in {split}/ and outside it ({name}); name the folder to use as {split} data")
-    return [name for name in names if name.startswith(split + "/")]
 
 
 def _local_corpus(spec: str, found: Iterable[str]) -> Corpus:
@@ -92,6 +116,7 @@ def _local_corpus(spec: str, found: Iterable[str]) -> Corpus:
     sizes = [os.path.getsize(shard) for shard in shards]
     if not shards:
         raise UserError(f"{spec}: no shards here; a corpus is made of {' / '.join(SUFFIXES)} files")
+    _refuse_twice(spec, shards)
     if not any(sizes):
         raise UserError(f"{spec}: an empty corpus, every shard has zero bytes")
     root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
@@ -113,7 +138,9 @@ def _hub_corpus(spec: str, split: Split, revision: str | None) -> Corpus:
     except READ_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{spec}: no such folder here, and the Hugging Face hub could not be asked for a dataset of that name ({reason})") from error
-    names = _narrow_to_split(spec, [name for name in names if name.endswith(SUFFIXES)], split)
+    names = narrow_to_split(spec, [name for name in names if name.endswith(SUFFIXES)], split, folder=None)
     if commit is None or not names:
         raise UserError(f"{spec}: no shards in this Hugging Face dataset; a corpus is made of {' / '.join(SUFFIXES)} files")
-    return Corpus(spec, commit, tuple(sorted(f"hf://datasets/{spec}@{commit}/{name}" for name in names)), commit)
+    shards = tuple(sorted(f"hf://datasets/{spec}@{commit}/{name}" for name in names))
+    _refuse_twice(spec, shards)
+    return Corpus(spec, commit, shards, commit)

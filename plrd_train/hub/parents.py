@@ -65,7 +65,7 @@ def open_parent(path: str, revision: str = "main", trust_remote_code: bool = Fal
     `revision` is a branch, tag or commit of a hub id, and means nothing for a folder. Remote code is fetched for tokenizers only.
     Raises UserError.
     """
-    folder, commit = Path(path).expanduser().absolute(), None
+    folder, commit = Path(path).absolute(), None
     if not folder.is_dir():
         folder, commit = _download(path, revision, trust_remote_code)
     adapter = (folder / ADAPTER).is_file()

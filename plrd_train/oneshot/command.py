@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plrd_train.arguments import number
+from plrd_train.arguments import given_folder, given_path, number
 from plrd_train.errors import UserError
 from plrd_train.family import Family
 from plrd_train.tracking import console
@@ -30,8 +30,8 @@ _KEYS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parent", metavar="PARENT", help="a Hugging Face folder or hub id")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder of the family, as of a run")
+    parser.add_argument("parent", metavar="PARENT", type=given_path, help="a Hugging Face folder or hub id")
+    parser.add_argument("out", metavar="OUT", type=given_folder, help="the folder of the family, as of a run")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="further keys of conf/, as factorizer.epochs=8 data.seq_len=2048")
     parser.add_argument("--method", metavar="M", required=True, help="as factorizer= of the main job: svd, whitened, rom, refined, …")
     wanted = parser.add_mutually_exclusive_group(required=True)
@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the share of all parameters to keep, by factoring the last blocks alone (LLM-ROM)",
     )
     parser.add_argument("--ranks", metavar="ALLOCATION", default="uniform", help="uniform, energy or sensitivity (default: %(default)s)")
-    parser.add_argument("--calibration", metavar="CORPUS", help="a folder, glob or hub id of text, for methods and ranks that look at some")
-    parser.add_argument("--data", metavar="CORPUS", help="measure held-out perplexity on this one")
+    text = "a folder, glob or hub id of text, for methods and ranks that look at some"
+    parser.add_argument("--calibration", metavar="CORPUS", type=given_path, help=text)
+    parser.add_argument("--data", metavar="CORPUS", type=given_path, help="measure held-out perplexity on this one")
     parser.add_argument("--revision", metavar="R", help="of a PARENT on the hub (default: its main branch)")
 
 
@@ -52,7 +53,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     """Make the members that `given` asks for, those that are not there yet. Raises UserError."""
     from transformers.utils import logging
 
-    from plrd_train.data.corpus import resolve_corpus
+    from plrd_train.data.corpus import overlap, resolve_corpus
     from plrd_train.hub.card import member_card
     from plrd_train.hub.parents import open_parent
     from plrd_train.oneshot.factor import OneShot
@@ -62,9 +63,12 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()
     config = _config(given)
     held_out = resolve_corpus(given.data, "validation") if given.data else None
+    calibration = resolve_corpus(given.calibration, "train", config.data.revision) if given.calibration else None
+    if held_out and calibration and _reads_text(config) and (note := overlap(calibration, held_out, "calibrated on")):
+        console.say(note)
     parent = open_parent(given.parent, given.revision or "main", given.trust_remote_code)
     _check_parent(given, config, parent)
-    oneshot = OneShot(parent, config, _text(given, config, parent), unfinished=given.out / "factors")
+    oneshot = OneShot(parent, config, _text(given, config, parent, calibration), unfinished=given.out / "factors")
     made_by = {"factorizer": {"name": config.factorizer.name, **vars(config.factorizer.settings)}, "allocation": config.ranks.name}
     asked: dict[str, Ranks | float] = {f"{ratio:g}x": ratio for ratio in given.ratio or ()}
     if given.budget is not None:
@@ -103,14 +107,19 @@ def _config(given: argparse.Namespace) -> Config:
             raise UserError(f"{override}: means nothing here; keys are {', '.join(_KEYS)}")
     if given.budget is not None and given.ranks != "uniform":
         raise UserError("--budget: LLM-ROM's ranks are uniform in the blocks that it factors; leave --ranks out, or give --ratio")
-    paths = {"parent.path": given.parent, "run_dir": given.out, **({"data.train": given.calibration} if given.calibration else {})}
+    paths = {"parent.path": given.parent, "run_dir": given.out.absolute()}
+    paths |= {"data.train": given.calibration} if given.calibration else {}
     chosen = {"factorizer": given.method, "ranks": given.ranks} | paths
     (source,) = compose([*(f"{key}={literal(str(value))}" for key, value in chosen.items()), *_OWN, *given.overrides])
     config = from_mapping(source)
-    looks = f"--method {given.method}" if config.factorizer.settings.statistics else f"--ranks {given.ranks}" if config.ranks.tokens else None
-    if looks and not given.calibration:
+    if _reads_text(config) and not given.calibration:
+        looks = f"--method {given.method}" if config.factorizer.settings.statistics else f"--ranks {given.ranks}"
         raise UserError(f"--calibration: {looks} looks at text; give --calibration CORPUS")
     return config
+
+
+def _reads_text(config: Config) -> bool:
+    return bool(config.factorizer.settings.statistics or config.ranks.tokens)
 
 
 def _check_parent(given: argparse.Namespace, config: Config, parent: Parent) -> None:
@@ -125,14 +134,12 @@ def _check_parent(given: argparse.Namespace, config: Config, parent: Parent) -> 
         console.say(f"note: {note}")
 
 
-def _text(given: argparse.Namespace, config: Config, parent: Parent) -> Text:
-    """text(tokens): that much of the calibration corpus, read once."""
-    from plrd_train.data.corpus import resolve_corpus
+def _text(given: argparse.Namespace, config: Config, parent: Parent, corpus: Corpus | None) -> Text:
+    """text(tokens): that much of the calibration `corpus`, read once."""
     from plrd_train.hub.parents import load_tokenizer
     from plrd_train.hub.tokenization import compare
     from plrd_train.training import calibration_text
 
-    corpus = resolve_corpus(given.calibration, "train", config.data.revision) if given.calibration else None
     tokenizer = load_tokenizer(parent, given.trust_remote_code)
     if corpus is not None:
         compare(tokenizer, Path(parent.folder), corpus)

@@ -15,7 +15,7 @@ from plrd_train.hub.models import described
 def parent_config(parent: Parent) -> PreTrainedConfig:
     """From a local folder, the cache of the hub or the hub itself; of a parent that is still to be trained from scratch, from its description, with
     `vocab_size` as its vocabulary. Raises UserError."""
-    folder = Path(parent.path).expanduser().absolute()
+    folder = Path(parent.path).absolute()
     if parent.scratch is not None and not folder.exists():
         return described({**parent.scratch.architecture, "vocab_size": parent.scratch.vocab_size})
     if not folder.is_dir():

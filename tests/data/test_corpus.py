@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from plrd_train.data.corpus import Corpus, resolve_corpus
+from plrd_train.data.corpus import Corpus, overlap, resolve_corpus
 from plrd_train.errors import UserError
 
 
@@ -62,6 +62,29 @@ def test_a_glob_and_a_file_are_taken_as_they_are(slimpajama):
     assert resolve_corpus(str(one), "train").shards == (str(one),)
 
 
+def test_splits_are_told_apart_before_documents_are_compared(tmp_path, write_shard, records):
+    """The same documents twice in the split that is not asked for do no harm."""
+    for name in ("train.jsonl", "test.jsonl", "test.jsonl.zst"):
+        write_shard(tmp_path / "flat" / name, records([1]))
+    assert relative(resolve_corpus(str(tmp_path / "flat"), "train"), tmp_path) == ["flat/train.jsonl"]
+
+
+def test_shards_in_two_corpora_are_told(slimpajama, tmp_path, write_shard, records):
+    train, held_out = (resolve_corpus(str(slimpajama), split) for split in ("train", "validation"))
+    assert overlap(train, held_out, "trained on") is None
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    write_shard(linked / "own.jsonl", records([9]))
+    (linked / "other.jsonl.zst").symlink_to(train.shards[1])
+    note = overlap(train, resolve_corpus(str(linked), "validation"), "trained on")
+    assert f"trained on as well as evaluated on: 1 of 2 shards, {linked / 'other.jsonl.zst'} among them" in note
+    plain = write_shard(slimpajama / "train/chunk1/example_train_0.jsonl", records(range(3)))  # compressed beside it
+    note = overlap(train, resolve_corpus(str(plain), "validation"), "trained on")
+    assert f"1 of 1 shards, {plain} among them" in note
+    all_of_it = resolve_corpus(str(slimpajama / "train" / "chunk2"), "train")
+    assert f"1 of 3 shards, {all_of_it.shards[0]} among them" in overlap(all_of_it, train, "calibrated on")
+
+
 def test_a_corpus_survives_json(slimpajama):
     corpus = resolve_corpus(str(slimpajama), "train")
     assert Corpus.from_dict(json.loads(json.dumps(corpus.to_dict()))) == corpus
@@ -87,13 +110,19 @@ def test_the_fingerprint_follows_content_and_not_place(slimpajama, tmp_path, wri
         ("{root}/other", "{root}/other: no shards here"),
         ("{root}/other/notes.txt", "no shards here"),
         ("{root}/zero", "empty corpus"),
-        ("{root}/mixed", "has shards in train/ and outside it (stray.jsonl)"),
+        ("{root}/mixed", "train/a.jsonl is named as train, but stray.jsonl as no split; give the folder, file or glob"),
         ("{root}/held", "has validation but no train"),
+        ("{root}/twice", "{root}/twice/a.jsonl and {root}/twice/a.jsonl.gz hold the same documents"),
+        ("{root}/twice/*.jsonl*", "{root}/twice/a.jsonl and {root}/twice/a.jsonl.gz hold the same documents"),
+        ("{root}/linked", "{root}/linked/a/0.jsonl and {root}/linked/latest/0.jsonl hold the same documents"),
     ],
 )
 def test_a_mistake_gives_one_line_that_names_it(tmp_path, write_shard, records, spec, message):
     for name in ("mixed/train/a.jsonl", "mixed/stray.jsonl", "held/validation/a.jsonl"):
         write_shard(tmp_path / name, records([1]))
+    for name in ("twice/a.jsonl", "twice/a.jsonl.gz", "linked/a/0.jsonl"):
+        write_shard(tmp_path / name, records([1]))
+    (tmp_path / "linked" / "latest").symlink_to("a")
     write_shard(tmp_path / "zero" / "a.jsonl", [])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("text")

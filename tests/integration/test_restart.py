@@ -1,6 +1,7 @@
 """The same command continues a run that was killed, wherever that was, and ends as if nothing had happened."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -134,6 +135,27 @@ def test_a_second_start_of_a_finished_run_changes_nothing(command, survivor, tmp
     for name in ("config.yaml", "report/report.html"):  # the one names run_dir, the other shows it
         del before[name], after[name]
     assert after == before
+
+
+def at_home(rank: int, home: Path) -> None:
+    os.environ["HOME"] = str(home)
+    os.chdir(home / "elsewhere")
+
+
+def test_a_run_goes_on_where_home_is_spelled_otherwise(command, tiny, tmp_path):
+    """Its held-out text is what it trains on, which both starts tell."""
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("parent", "corpus"):
+        (tmp_path / name).symlink_to(tiny / name)
+    written = {}
+    for home in ("~", tmp_path):
+        paths = (f"parent.path='{home}/parent'", f"data.train='{home}/corpus'", f"data.validation='{home}/corpus/train'")
+        ended = run_job(1, command(Path(f"'{home}/run'"), *paths, "stages.ratios=[1.25]", "stages.tokens=256"), at_home, tmp_path)
+        assert (ended.status, ended.err) == (0, "")
+        assert ended.out.count("note: trained on as well as evaluated on: 3 of 3 shards") == 1
+        written[home] = files(tmp_path / "run")
+    assert written["~"]["config.yaml"] == written[tmp_path]["config.yaml"] and b"~" not in written["~"]["config.yaml"]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_one_more_ratio_adds_its_member_and_touches_no_other(command, undisturbed, survivor):
