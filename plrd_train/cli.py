@@ -199,7 +199,10 @@ def _find(given: argparse.Namespace, path: str, revision: str = "main") -> Paren
         raise UserError(f"{path}: no such member here; there are {_members(home)}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return find_published(path, revision, trust_remote_code=given.trust_remote_code)
+    files = find_published(path, revision, trust_remote_code=given.trust_remote_code)
+    for note in files.notes:
+        console.say(f"note: {note}")
+    return files
 
 
 def _family_of(member: Path) -> Path | None:

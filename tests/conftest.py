@@ -1,6 +1,5 @@
 """Fixtures that every test may use. The only place under tests/ that knows where the real parents and corpora lie."""
 
-import copy
 import json
 import os
 import signal
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_family import write_corpus, write_parent
-from tiny_parents import CONFIGS, VOCABULARY, save_tokenizer
+from tiny_parents import VOCABULARY, config_of, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plrd_train.cli import main
@@ -43,7 +42,7 @@ def save_parent(tmp_path: Path) -> SaveParent:
 
     def save(architecture: str, **arguments) -> tuple[Path, PreTrainedModel]:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture])).eval()
+        model = AutoModelForCausalLM.from_config(config_of(architecture)).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # biases and norms start as constants, which would hide mix-ups
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)

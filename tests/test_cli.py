@@ -13,6 +13,7 @@ import pytest
 import torch
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
+from tiny_family import write_parent
 from tiny_parents import CONFIGS, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -289,3 +290,14 @@ def test_help_and_version(arguments, capsys):
 def test_a_reader_that_goes_away_is_told_nothing(world_of_models, option):
     command = f"{sys.executable} -m plrd_train.cli show {world_of_models / 'fp32'} {option} | true"
     assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stderr == ""
+
+
+def test_documents_are_cut_to_the_positions_of_a_model_unless_told_otherwise(plrd, tmp_path):
+    write_parent(tmp_path / "parent", "gptj")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "w3 w4 " * 50}) + "\n")
+    call = ("evaluate", tmp_path / "parent", "--data", tmp_path / "text.jsonl", "--json")
+    status, out, err = plrd(*call)
+    assert status == 0 and "position embeddings for 64 tokens: it reads so many of each document" in err
+    assert json.loads(out)["nll_tokens"] == 63 and json.loads(out) == json.loads(plrd(*call, "--context", 64)[1])
+    status, _, err = plrd(*call, "--context", 65)
+    assert status == 2 and "--context: 65 tokens" in err

@@ -1,6 +1,5 @@
 """A parent and a corpus so small that a whole family takes seconds."""
 
-import copy
 import json
 import random
 from collections.abc import Iterable
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import torch
 import zstandard
-from tiny_parents import CONFIGS, VOCABULARY, save_tokenizer
+from tiny_parents import VOCABULARY, config_of, save_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -44,7 +43,7 @@ def write_corpus(folder: Path, shards: int = 3, documents: int = 120) -> None:
 
 def write_parent(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]))  # saving writes the dtype into it
+    model = AutoModelForCausalLM.from_config(config_of(architecture))
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start as constants, which would hide mix-ups
             parameter.add_(torch.randn_like(parameter), alpha=0.05)

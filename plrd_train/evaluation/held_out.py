@@ -25,7 +25,10 @@ class HeldOut:
         """Perplexity of a model, with progress under its `name`. Raises what `evaluation_documents` raises."""
         compare(published.tokenizer, published.folder, self.corpus)
         skipped = Counter[str]()
-        documents = evaluation_documents(self.corpus, published.tokenizer, self.context, self.tokens, self.skip_bad, skipped)
+        context = min(self.context, published.positions or self.context)
+        if context < self.context:
+            console.say(f"note: {published.path} has position embeddings for {context} tokens: it reads so many of each document")
+        documents = evaluation_documents(self.corpus, published.tokenizer, context, self.tokens, self.skip_bad, skipped)
         for reason, count in skipped.items():
             console.say(f"{self.corpus.spec}: passed over {count} of: {reason}")
         with console.progress(f"perplexity of {name}", sum(len(document.ids) - 1 for document in documents), "tokens") as bar:

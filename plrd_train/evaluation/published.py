@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from plrd_train.errors import UserError
 from plrd_train.hub.parents import Parent, load_config, load_tokenizer, open_parent
+from plrd_train.hub.reach import most_tokens
 from plrd_train.hub.weights import WeightReader
 
 
@@ -23,6 +24,7 @@ class Published:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    positions: int | None = None
     rank: int = 0
     world_size: int = 1
 
@@ -54,11 +56,12 @@ def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto",
     except UserError as error:
         raise UserError(str(error).removeprefix("parent ")) from None
     WeightReader(files)  # transformers converts what is stored in another type without a word
+    config = load_config(files)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder,
-            config=load_config(files),
+            config=config,
             dtype=dtype,
             generation_config=GenerationConfig(),  # else generate() mixes the folder's own into what it is given
             trust_remote_code=False,
@@ -77,4 +80,4 @@ def open_published(files: Parent, dtype: torch.dtype | Literal["auto"] = "auto",
     for name, parameter in model.named_parameters():
         if not all(bound.isfinite() for bound in parameter.aminmax()):
             raise UserError(f"{files.path}: {name} holds NaN or infinity; fetch it again, or choose another model")
-    return Published(files.path, Path(files.folder), model, tokenizer, device)
+    return Published(files.path, Path(files.folder), model, tokenizer, device, most_tokens(config))

@@ -25,7 +25,12 @@ from plrd_train.hub.tokenization import TOKENIZER_CODE, TOKENIZER_FILES, VOCABUL
 # Single file before index, as transformers looks for them.
 _WEIGHT_FILES = ("model.safetensors", f"model.{VARIANT}.safetensors")
 ADAPTER = "adapter_config.json"
+# Where both lie in one folder, peft would put the adapter on twice.
 _MERGE = "peft.AutoPeftModelForCausalLM.from_pretrained({!r}).merge_and_unload().save_pretrained(FOLDER)"
+_MERGE_APART = (
+    "move adapter_* to a folder ADAPTER, then peft.PeftModel.from_pretrained("
+    "AutoModelForCausalLM.from_pretrained({!r}), ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+)
 # Rows of two tensors that are compared at a time.
 _ROWS = 4096
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -46,8 +51,9 @@ class Parent:
     """A model on this machine: everything a rank needs to read it. Plain values only, so it travels as JSON or in a broadcast.
 
     path: as the user gave it; revision: commit hash of a hub id, None for a folder; folder: where its files lie; weights: {tensor name: file name} of
-    the tensors that the model has a place for. own_head: config.json ties lm_head to the embeddings, and the weights hold another one, which counts.
-    notes: lines for the user on what was found.
+    the tensors that the model has a place for. own_head: config.json ties lm_head to the embeddings, and the weights hold
+    another one, which counts. tokenizer_as_stored: as `plrd_train.hub.tokenization.Tokenization` has it. notes: lines for
+    the user on what was found.
     """
 
     path: str
@@ -88,7 +94,7 @@ def open_parent(path: str, revision: str = "main", trust_remote_code: bool = Fal
     if own_head := _has_own_head(model, names, folder, weights):
         notes.append(f"config.json ties the output head to the embeddings, and the weights hold {own_head} of other values: it is taken, untied")
     if adapter:
-        notes.append(f"{ADAPTER} lies beside the weights: the adapter is left out; to have it in, merge it once: {_MERGE.format(path)}")
+        notes.append(f"{ADAPTER} lies beside the weights: the adapter is left out; to have it in, merge it once: {_MERGE_APART.format(path)}")
     tokenization = examine(folder, config)
     return dataclasses.replace(
         parent,

@@ -38,14 +38,15 @@ class Tokenization:
 
 
 def examine(folder: Path, config: PreTrainedConfig) -> Tokenization:
-    """How the tokenizer in `folder` is to be read, for a model of `config`. One that does not load is left for `load` to tell."""
+    """How the tokenizer in `folder` is to be read, for a model of `config`. One that does not load, or encode, is left for its user to tell."""
     try:
         by_class = load(folder, config, as_stored=False)
-        stored = load(folder, config, as_stored=True) if (folder / "tokenizer.json").is_file() else None
+        stored = load(folder, config, as_stored=True) if (folder / "tokenizer.json").is_file() else by_class
+        as_stored = _tokens(by_class, _SAMPLE) != _tokens(stored, _SAMPLE)
     except Exception:
         return Tokenization()
     notes = []
-    if as_stored := stored is not None and _tokens(by_class, _SAMPLE) != _tokens(stored, _SAMPLE):
+    if as_stored:
         told = f"tokenizer.json makes {_count(stored, _SAMPLE)} tokens of a sample of text, {type(by_class).__name__}"
         told += f" {_count(by_class, _SAMPLE)}: tokenizer.json counts"
         notes.append(f"{told}, for members too; where AutoTokenizer does not follow it, load them with {_PLAIN}")

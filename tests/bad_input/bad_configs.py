@@ -174,7 +174,7 @@ CASES = {override: ((*TINY, override), named) for override, named in (_PLAIN | V
     "an architecture that is none": (("experiment=quickstart", "parent.scratch.architecture=llama"), "parent.scratch.architecture"),
     "heads that do not divide": (("experiment=quickstart", "parent.scratch.architecture.num_attention_heads=7"), "parent.scratch.architecture"),
     "an architecture of text": (("experiment=quickstart", "parent.scratch.architecture.hidden_size=wide"), "parent.scratch.architecture"),
-    "no layers at all": (("experiment=quickstart", "parent.scratch.architecture.num_hidden_layers=0"), "linears"),
+    "no layers at all": (("experiment=quickstart", "parent.scratch.architecture.num_hidden_layers=0"), "no nn.Linear"),
 }
 # What the parser of `plrd plan` would take for its own: the main job's flags.
 FLAGS = {

@@ -199,6 +199,11 @@ WEIGHT_FILES: dict[str, Bad] = {
     "pytorch_model.bin alone": bad(pickled("pytorch_model.bin", 2), "parent", ".bin"),
     "torch.save as pytorch_model.bin": bad(torch_saved("pytorch_model.bin"), "parent", ".bin"),
     "consolidated.pth alone": bad(torch_saved("consolidated.00.pth"), "parent", "has no model.safetensors"),
+    "scales beside a weight": bad(instead(f"{UP}_scale_inv", torch.ones(1, 1)), f"{UP}_scale_inv".replace(".1.", ".*."), "unquantized"),
+    "packed weights beside a weight": bad(instead(UP.replace("weight", "qweight"), torch.ones(4, 4).int()), "up_proj.qweight", "unquantized"),
+    "a bias that the config does not know": bad(instead(UP.replace("weight", "bias"), torch.ones(48)), "up_proj.bias"),
+    "float8": bad(instead(UP, torch.ones(48, 32).to(torch.float8_e4m3fn)), UP, "float8_e4m3fn"),
+    "float8 of the other kind": bad(instead(UP, torch.ones(48, 32).to(torch.float8_e5m2)), UP, "float8_e5m2"),
     "NaN": bad(entry(float("nan")), UP, "NaN"),
     "infinity": bad(entry(float("inf")), UP, "infinity"),
     "negative infinity": bad(entry(float("-inf")), UP),
@@ -246,10 +251,12 @@ TOKENIZERS: dict[str, Bad] = {
     **unreadable_json("tokenizer.json", "parent"),
     "no tokenizer": bad(gone("tokenizer.json"), "parent", "no tokenizer"),
     "nor its settings": bad(gone("tokenizer.json", "tokenizer_config.json"), "parent", "no tokenizer"),
-    "tokenizer of another model": bad(larger_tokenizer, "parent", "80 tokens", "vocab_size of 64"),
+    "tokenizer of another model": bad(larger_tokenizer, "parent", "an id of 79", "vocab_size of 64"),
     "tokenizer: an id beyond the vocabulary": bad(with_key("tokenizer.json", "model", "vocab", "w9", value=900), "parent", "900"),
-    "tokenizer: an added token beyond the vocabulary": bad(
-        edited("tokenizer.json", lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 5000, "content": "<far>"})), "parent"
+    "tokenizer: an added token beyond the vocabulary in the prompt": bad(
+        edited("tokenizer.json", lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 5000, "content": "w3 w9"})),
+        "'w3 w9'",
+        "64 embeddings",
     ),
     "tokenizer: no model": bad(without_key("tokenizer.json", "model"), "parent"),
     "tokenizer: no vocabulary": bad(without_key("tokenizer.json", "model", "vocab"), "parent"),

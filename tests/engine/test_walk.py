@@ -48,6 +48,16 @@ def test_blocks_are_given_what_the_whole_model_gives_them(save_parent, engine):
             torch.testing.assert_close(torch.cat([first, second]), expected[block], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture_", ["gptj", "codegen", "gpt_neo", "opt", "llama4", "bamba", "bloom"])
+def test_blocks_of_a_checkpoint_whatever_they_return_and_the_model_does_behind_them(save_parent, architecture_):
+    folder, model = save_parent(architecture_)
+    alone = Alone(WeightReader(open_parent(str(folder))).read, torch.device("cpu"))
+    with torch.no_grad():
+        expected = model.eval()(input_ids=TEXT, output_hidden_states=True).hidden_states
+    for block, hidden in zip(blocks(alone, folder), expected, strict=False):
+        torch.testing.assert_close(torch.cat(block.inputs), hidden, rtol=0, atol=1e-5)
+
+
 def in_order(world, name, folder, rank):
     engine = opened(world, name, folder)
     shapes = shapes_of(engine)

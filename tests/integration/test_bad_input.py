@@ -13,6 +13,7 @@ import zstandard
 from faults import limit_files, refuse_fsync
 from processes import Ended, run_job
 from safetensors.torch import load_file, save_file
+from tiny_family import write_parent
 
 SHORT = ("stages.tokens=384", "evaluation.tokens=500")  # three steps a stage
 
@@ -53,6 +54,15 @@ def test_a_parent_without_tokenizer(command, parent, tmp_path):
     for file in parent.glob("*token*"):
         file.unlink()
     refused(run_job(2, command(tmp_path / "run", *SHORT, f"parent.path={parent}")), str(parent), "no tokenizer")
+
+
+def test_more_tokens_than_the_parent_has_positions_for(command, tmp_path):
+    write_parent(tmp_path / "parent", "opt")
+    arguments = command(tmp_path / "run", *SHORT, f"parent.path={tmp_path}/parent")
+    ended = run_job(2, [*arguments, "data.seq_len=65", "recover.global_batch_tokens=130", "evaluation.context=64"])
+    refused(ended, "data.seq_len=65:", "position embeddings for 64 tokens; give data.seq_len=64 or less")
+    refused(run_job(1, [*arguments, "evaluation.context=256"]), "evaluation.context=256:", "give evaluation.context=64")
+    assert not (tmp_path / "run" / "family.json").exists()
 
 
 def nan_in(parent: Path, *names: str) -> None:
