@@ -129,7 +129,7 @@ def _rank(rank: int, size: int, folder: Path, taken: dict) -> None:
 
     def work() -> None:
         world.share(None)
-        decompose(engine, shapes, ranks, Factorizer())
+        list(decompose(engine, shapes, ranks, Factorizer()))
 
     taken[rank] = seconds([work], 3)[0]
     world.close()

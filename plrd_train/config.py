@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from plrd_train import engine
 from plrd_train.errors import UserError
 from plrd_train.lowrank import factorizers
+from plrd_train.lowrank.compressor import Compressor
 from plrd_train.lowrank.ranks import ALLOCATIONS, MEASURING
 from plrd_train.recover import objectives
 
@@ -192,6 +193,10 @@ class Config:
     engine: Chosen
     evaluation: Evaluation
     tracking: Tracking
+
+    def compressor(self) -> Compressor:
+        """How the run compresses a model."""
+        return Compressor(self.factorizer.settings, self.ranks.name, self.ranks.multiple, self.ranks.tokens)
 
 
 # Group -> the names there are, and the settings of one.

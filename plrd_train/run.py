@@ -27,12 +27,9 @@ from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, op
 from plrd_train.hub.reach import check_in_order, check_lengths, notes, shapes_of
 from plrd_train.hub.tokenization import compare
 from plrd_train.hub.weights import WeightReader, parent_dtype
-from plrd_train.lowrank.calibration import collect
-from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Spectra
-from plrd_train.lowrank.factorizers import Statistic
-from plrd_train.lowrank.ranks import ALLOCATIONS, Measured, Shape
-from plrd_train.lowrank.sensitivity import measure
-from plrd_train.lowrank.walk import Block, gathered, walk
+from plrd_train.lowrank.compressor import AllocationError, Source
+from plrd_train.lowrank.distributed import Decomposed, DecompositionError
+from plrd_train.lowrank.ranks import Shape
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
 from plrd_train.recover.guard import Guard
 from plrd_train.recover.kept import KeptFactors
@@ -80,6 +77,7 @@ class Run:
         if config.data.streams < world.size:
             raise SharedError(f"data.streams: {config.data.streams} streams cannot feed {world.size} ranks; give at least that many")
         budgets = config.stages.budgets()
+        self.compressor = config.compressor()
         self.stages = [Stage(i + 1, ratio, tokens) for i, (ratio, tokens) in enumerate(zip(config.stages.ratios, budgets, strict=True))]
 
         if config.data.embedded:
@@ -122,7 +120,7 @@ class Run:
         """Raise UserError where this parent cannot be what the config asks for, and say what of it stays whole."""
         config, hub_config, path = self.config, self._parent_config, self.config.parent.path
         check_lengths(hub_config, {"data.seq_len": config.data.seq_len, "evaluation.context": config.evaluation.context}, path)
-        if config.factorizer.settings.sequential:
+        if self.compressor.needs().in_order:
             check_in_order(hub_config, config.factorizer.name, path)
         for note in (*self.parent.notes, *notes(hub_config, config.stages.ratios)):
             console.say(f"note: {note}")
@@ -179,16 +177,6 @@ class Run:
         linears, path = self.config.linears, self.config.parent.path
         return self.world.on_all(lambda: shapes_of(self.engine.model, self._parent_config, linears.include, linears.exclude, path))
 
-    def ranks(self, stage: Stage, shapes: Mapping[str, Shape], spectra: Spectra | None = None) -> dict[str, int]:
-        """The rank of each Linear that is low-rank at the ratio of `stage`; by the `spectra` of all of them, where the allocation looks at them. A
-        collective where it measures losses too."""
-        values = spectra.values if spectra else None
-        measured = self._measured(stage, shapes, spectra) if spectra and self.config.ranks.tokens else None
-        ranks = ALLOCATIONS[self.config.ranks.name](shapes, stage.ratio, self.config.ranks.multiple, values, measured)
-        if stage.ratio > 1 and not ranks:
-            raise SharedError(f"ranks.multiple: at {stage.ratio:g}x every rank is below {self.config.ranks.multiple}; choose a smaller multiple")
-        return ranks
-
     def position(self) -> dict[str, Any]:
         """The data position over all ranks."""
         return merge_positions(self.world.share(self._loader.position()))
@@ -217,30 +205,19 @@ class Run:
                 yield on_done
             except DecompositionError as error:
                 raise SharedError(f"{self.config.parent.path}: {error}") from None
+            except AllocationError as error:
+                raise SharedError(str(error)) from None
 
-    def calibrated(
-        self, stage: Stage, shapes: Mapping[str, Shape], names: Collection[str]
-    ) -> Iterator[tuple[Collection[str], Mapping[str, Statistic]]]:
-        """The Linears `names` in the parts in which they are factored, and what the method needs to know of those of a part that this rank owns, as
-        they are in the engine now."""
-        kind = self.config.factorizer.settings.statistics
-        if kind is None:
-            yield names, {}
-        else:
-            yield from collect(self.engine, kind, shapes, names, self._text(stage, self.config.factorizer.settings.calibration_tokens))
+    def source(self, stage: Stage, progress: Progress) -> Source:
+        """The model in the engine, as the stage compresses it."""
 
-    def blocks(self, stage: Stage, progress: Progress) -> Iterator[Block]:
-        """The blocks of the model in the engine in order, with what the calibration text gives each."""
+        @contextmanager
+        def shown(title: str, total: int) -> Iterator[Callable[[], object]]:
+            with console.progress(f"stage {stage.index}: {title}", total, "weights") as bar:
+                yield lambda: bar.update(1)
+
         in_float32 = dataclasses.replace(self.architecture(progress.ranks), attention=None)
-        text = self._text(stage, self.config.factorizer.settings.calibration_tokens)
-        return walk(in_float32, gathered(self.engine), text, self.engine.device)
-
-    def _measured(self, stage: Stage, shapes: Mapping[str, Shape], spectra: Spectra) -> dict[str, Measured]:
-        """What the loss of the model in the engine grows by with each Linear alone at one rank."""
-        assert self.config.ranks.tokens is not None
-        text = self._text(stage, self.config.ranks.tokens)
-        with console.progress(f"stage {stage.index}: measure losses", len(shapes), "weights") as bar:
-            return measure(self.engine, spectra, shapes, text, lambda name: bar.update(1))
+        return Source(self.engine, in_float32, lambda tokens: self._text(stage, tokens), self.kept, shown)
 
     def _text(self, stage: Stage, tokens: int) -> list[Tensor]:
         """This rank's part of that much calibration text, which is read once in a stage. A collective."""

@@ -91,7 +91,7 @@ class DecompositionError(ValueError):
 
 
 def changes(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> dict[str, int]:
-    """The part of `ranks` that is no rank a Linear has already: what there is to factor."""
+    """Entries of `ranks` that differ from the current rank: what there is to factor."""
     return {name: rank for name, rank in ranks.items() if shapes[name].rank != rank}
 
 
@@ -121,27 +121,22 @@ def decompose(
     shapes: Mapping[str, Shape],
     ranks: Mapping[str, int],
     factorizer: Factorizer,
-    on_done: Callable[[Decomposed], None] = lambda done: None,
     statistics: Mapping[str, Statistic] = NONE,
     kept: Kept | None = None,
-) -> dict[str, Decomposed]:
+) -> Iterator[Decomposed]:
     """Factor every Linear named in `ranks` to that rank over the live sharded model, which is left as it is.
 
     `shapes` says what each Linear is now; `statistics` holds those that the method needs, of the Linears that this rank owns (`owners`); what is in
-    `kept` already is not factored again. Returns the new factors as shards, and calls `on_done` for each Linear on every rank.
+    `kept` already is not factored again. Yields the new factors as shards; each step is a collective.
     Raises DecompositionError, on every rank alike, where a weight holds NaN or Inf, or `kept` cannot be written.
     """
 
     def work(name: str, parts: list[Tensor]) -> Factors:
         return Weight(name, parts, statistics.get(name), factorizer, kept).cut(ranks[name])
 
-    done: dict[str, Decomposed] = {}
     dealt = [dict(enumerate(names)) for names in rounds(shapes, ranks, engine.world_size)]
     for names, factors, reports in _in_rounds(engine, dealt, work, _report, shapes):
-        for made in _scattered(engine, shapes, ranks, names, factors, reports):
-            done[made.name] = made
-            on_done(made)
-    return done
+        yield from _scattered(engine, shapes, ranks, names, factors, reports)
 
 
 class Spectra:
@@ -155,7 +150,7 @@ class Spectra:
         self._own: dict[str, Weight] = {}
         self._owners: dict[str, int] = {}
 
-    def add(self, names: Collection[str], statistics: Mapping[str, Statistic] = NONE, on_done: Callable[[str], None] = lambda name: None) -> None:
+    def add(self, names: Collection[str], statistics: Mapping[str, Statistic] = NONE, on_done: Callable[[str], object] = lambda name: None) -> None:
         """Decompose the Linears `names`; otherwise as `decompose`."""
 
         def work(name: str, parts: list[Tensor]) -> Tensor:
@@ -180,18 +175,16 @@ class Spectra:
         up = everywhere(self._engine, made.up if made else None, (shape.out_features, rank), owner)
         return up, everywhere(self._engine, made.down if made else None, (rank, shape.in_features), owner)
 
-    def cut(self, ranks: Mapping[str, int], on_done: Callable[[Decomposed], None] = lambda done: None) -> dict[str, Decomposed]:
+    def cut(self, ranks: Mapping[str, int]) -> Iterator[Decomposed]:
         """Factor every Linear named in `ranks`, each of which was added, to that rank; as `decompose`. It can be called again."""
+
+        def work(name: str, parts: list[Tensor]) -> Factors:
+            return self._own[name].cut(ranks[name], self._engine.device)
+
         queues = [[name for name in ranks if self._owners[name] == owner] for owner in range(self._engine.world_size)]
         dealt = [{owner: name for owner, name in enumerate(names) if name is not None} for names in zip_longest(*queues)]
-        done: dict[str, Decomposed] = {}
-        for names, factors, reports in _in_rounds(
-            self._engine, dealt, lambda name, _: self._own[name].cut(ranks[name], self._engine.device), _report
-        ):
-            for made in _scattered(self._engine, self._shapes, ranks, names, factors, reports):
-                done[made.name] = made
-                on_done(made)
-        return done
+        for names, factors, reports in _in_rounds(self._engine, dealt, work, _report):
+            yield from _scattered(self._engine, self._shapes, ranks, names, factors, reports)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def measure(
     spectra: Spectra,
     shapes: Mapping[str, Shape],
     batches: Sequence[Tensor],
-    on_done: Callable[[str], None] = lambda name: None,
+    on_done: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Measured]:
     """For each Linear of `shapes`, all added to `spectra`: its `point`, and what the mean nll of the text grows by with it alone at that rank.
 

@@ -64,7 +64,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     config = _config(given)
     held_out = resolve_corpus(given.data, "validation") if given.data else None
     calibration = resolve_corpus(given.calibration, "train", config.data.revision) if given.calibration else None
-    if held_out and calibration and _reads_text(config) and (note := overlap(calibration, held_out, "calibrated on")):
+    if held_out and calibration and config.compressor().needs().text and (note := overlap(calibration, held_out, "calibrated on")):
         console.say(note)
     parent = open_parent(given.parent, given.revision or "main", given.trust_remote_code)
     _check_parent(given, config, parent)
@@ -112,14 +112,10 @@ def _config(given: argparse.Namespace) -> Config:
     chosen = {"factorizer": given.method, "ranks": given.ranks} | paths
     (source,) = compose([*(f"{key}={literal(str(value))}" for key, value in chosen.items()), *_OWN, *given.overrides])
     config = from_mapping(source)
-    if _reads_text(config) and not given.calibration:
+    if config.compressor().needs().text and not given.calibration:
         looks = f"--method {given.method}" if config.factorizer.settings.statistics else f"--ranks {given.ranks}"
         raise UserError(f"--calibration: {looks} looks at text; give --calibration CORPUS")
     return config
-
-
-def _reads_text(config: Config) -> bool:
-    return bool(config.factorizer.settings.statistics or config.ranks.tokens)
 
 
 def _check_parent(given: argparse.Namespace, config: Config, parent: Parent) -> None:

@@ -8,10 +8,10 @@ ranks that depend on the spectra keep what is decomposed until the last spectrum
 
 import ctypes
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,15 @@ from plrd_train.hub.parents import Parent, load_config
 from plrd_train.hub.reach import check_in_order, shapes_of
 from plrd_train.hub.weights import WeightReader, parent_dtype
 from plrd_train.lowrank.budget import last_blocks
-from plrd_train.lowrank.calibration import KINDS, collect
-from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Spectra
-from plrd_train.lowrank.factorizers import Statistic
-from plrd_train.lowrank.ranks import ALLOCATIONS, SPECTRAL
-from plrd_train.lowrank.sensitivity import measure
-from plrd_train.lowrank.sequential import collect_in_order
-from plrd_train.lowrank.walk import Alone, Block, blocks_of, gathered, walk
+from plrd_train.lowrank.compressor import AllocationError, Needs, Ranks, Source
+from plrd_train.lowrank.distributed import Decomposed, DecompositionError
+from plrd_train.lowrank.walk import Alone, blocks_of
 from plrd_train.recover.kept import KeptFactors
 from plrd_train.tracking import console
 
 # Weights are written in files of this size at most, so that a member in the making takes little memory.
 SHARD_BYTES = 2**27
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-Ranks = dict[str, int]
 # The text of that many tokens, in batches (n, length).
 Text = Callable[[int], Sequence[Tensor]]
 
@@ -60,15 +55,15 @@ class OneShot:
     """
 
     def __init__(self, parent: Parent, config: Config, text: Text, unfinished: Path):
-        self._parent, self._config, self._text = parent, config, text
-        self._factorizer = config.factorizer.settings
+        self._parent, self._text = parent, text
+        self._compressor = config.compressor()
         self.hub_config = load_config(parent)
         self.dtype = parent_dtype(parent)
         with torch.device("meta"):
             model = HubArchitecture(self.hub_config).build()
         self.params = sum(parameter.numel() for parameter in model.parameters())
         self.blocks = list(blocks_of(model))
-        if self._factorizer.sequential:
+        if self._compressor.needs().in_order:
             check_in_order(self.hub_config, config.factorizer.name, parent.path)
         self.shapes = shapes_of(model, self.hub_config, config.linears.include, config.linears.exclude, parent.path)
         self._reader = WeightReader(parent)
@@ -78,7 +73,7 @@ class OneShot:
     def of_budget(self, budget: float) -> Ranks:
         """The ranks of a member that keeps that share of all parameters (LLM-ROM)."""
         try:
-            return last_blocks(self.shapes, self.blocks, self.params, budget, self._config.ranks.multiple)
+            return last_blocks(self.shapes, self.blocks, self.params, budget, self._compressor.multiple)
         except ValueError as error:
             raise UserError(f"--budget: {error}; give a larger one") from None
 
@@ -86,42 +81,40 @@ class OneShot:
         """Factor the members that are `wanted`, by the folder of each: of that ratio, or with these ranks. Yields each, and its ranks, when its
         weights are complete, to be published."""
         _give_back_what_is_freed()
+        by_ratio = any(isinstance(of, float) for of in wanted.values())
         try:
-            by_spectra = self._config.ranks.name in SPECTRAL and any(isinstance(of, float) for of in wanted.values())
-            spectra = self._spectra() if by_spectra else None
-            known = self._known(wanted, spectra)
-            if self._factorizer.sequential:
-                del spectra  # which holds all that was decomposed
-                yield from self._one_by_one(known)
-            else:
-                yield from self._together(known, spectra)
+            source = self._source(self._compressor.needs(by_ratio))
+            allocated = self._compressor.allocate(source, self.shapes, list(wanted.values()))
+            members = dict(zip(wanted, allocated.ranks, strict=True))
+            made = self._compressor.factors(source, self.shapes, allocated)
+            yield from self._one_by_one(members, made) if self._compressor.needs().in_order else self._together(members, made)
+        except AllocationError as error:
+            raise UserError(str(error)) from None
         except DecompositionError as error:
             raise UserError(f"{self._parent.path}: {error}") from None
 
     # How members come about
 
-    def _together(self, wanted: Mapping[Path, Ranks], spectra: Spectra | None) -> Iterator[tuple[MemberWriter, Ranks]]:
-        """By a method that looks at each Linear by itself: each is decomposed once, and cut for every member."""
-        names = [name for name in self.shapes if any(name in ranks for ranks in wanted.values())]
+    def _together(self, members: Mapping[Path, Ranks], made: Iterator[tuple[int, Decomposed]]) -> Iterator[tuple[MemberWriter, Ranks]]:
+        """By a method that looks at each Linear by itself: all members grow at once."""
         with ExitStack() as stack:
-            writers = [stack.enter_context(closing(self._writer(folder, ranks))) for folder, ranks in wanted.items()]
-            with console.progress("factor", len(names), "weights") as bar:
-                for part, decomposed in [(names, spectra)] if spectra else self._parts(names):
-                    for name in part:
-                        for writer, ranks in zip(writers, wanted.values(), strict=True):
-                            if name in ranks:
-                                _write(writer, decomposed.cut({name: ranks[name]})[name])
-                        bar.update(1)
-            for writer, ranks in zip(writers, wanted.values(), strict=True):
+            writers = [stack.enter_context(closing(self._writer(folder, ranks))) for folder, ranks in members.items()]
+            with console.progress("factor", sum(map(len, members.values())), "weights") as bar:
+                for i, one in made:
+                    _write(writers[i], one)
+                    bar.update(1)
+            for writer, ranks in zip(writers, members.values(), strict=True):
                 yield self._complete(writer, ranks)
 
-    def _one_by_one(self, wanted: Mapping[Path, Ranks]) -> Iterator[tuple[MemberWriter, Ranks]]:
-        """By a method that takes the Linears in order, each on what those before it give."""
-        for folder, ranks in wanted.items():
+    def _one_by_one(self, members: Mapping[Path, Ranks], made: Iterator[tuple[int, Decomposed]]) -> Iterator[tuple[MemberWriter, Ranks]]:
+        """By a method that takes the Linears in order: one member is complete before the next one begins."""
+        of = list(members.items())
+        for i, group in groupby(made, key=lambda one: one[0]):
+            folder, ranks = of[i]
             with closing(self._writer(folder, ranks)) as writer, console.progress(f"factor {folder.name}", len(ranks), "weights") as bar:
-                for made in self._factorizer.in_order(self._engine, self._walk, self.shapes, ranks, self.kept):
-                    _write(writer, made)
-                    bar.update(1, error=made.rel_error)
+                for _, one in group:
+                    _write(writer, one)
+                    bar.update(1, error=one.rel_error)
                 yield self._complete(writer, ranks)
 
     def _writer(self, folder: Path, ranks: Ranks) -> MemberWriter:
@@ -139,56 +132,20 @@ class OneShot:
 
     # What they are made from
 
-    def _parts(self, names: Collection[str]) -> Iterator[tuple[Collection[str], Spectra]]:
-        """The Linears `names`, a few of them decomposed at a time."""
-        for part, statistics in self._statistics(names):
-            spectra = Spectra(self._engine, self.shapes, self._factorizer)
-            spectra.add(part, statistics)
-            yield part, spectra
+    def _source(self, needs: Needs) -> Source:
+        """The whole parent in memory where it must run as such; else one block or Linear of it at a time."""
 
-    def _spectra(self) -> Spectra:
-        """All Linears decomposed, by the statistics of the parent."""
-        spectra = Spectra(self._engine, self.shapes, self._factorizer)
-        with console.progress("decompose", len(self.shapes), "weights") as bar:
-            for part, statistics in self._statistics(self.shapes):
-                spectra.add(part, statistics, lambda name: bar.update(1))
-        return spectra
+        @contextmanager
+        def shown(title: str, total: int) -> Iterator[Callable[[], object]]:
+            with console.progress(title, total, "weights") as bar:
+                yield lambda: bar.update(1)
 
-    def _statistics(self, names: Collection[str]) -> Iterator[tuple[Collection[str], Mapping[str, Statistic]]]:
-        kind = self._factorizer.statistics
-        if kind is None:
-            yield from (([name], {}) for name in names)
-        elif isinstance(self._engine, _Whole):
-            yield from collect(self._engine, kind, self.shapes, names, self._text(self._factorizer.calibration_tokens))
-        else:
-            yield from collect_in_order(self._engine, self._walk(), KINDS[kind], self.shapes, names)
-
-    def _allocated(self, ratio: float, values: Mapping[str, Tensor] | None = None, measured: Any = None) -> Ranks:
-        ranks = ALLOCATIONS[self._config.ranks.name](self.shapes, ratio, self._config.ranks.multiple, values, measured)
-        if not ranks:
-            raise UserError(f"ranks.multiple: at {ratio:g}x every rank is below {self._config.ranks.multiple}; choose a smaller multiple")
-        return ranks
-
-    def _known(self, wanted: Mapping[Path, Ranks | float], spectra: Spectra | None) -> dict[Path, Ranks]:
-        """The ranks of each member."""
-        measured = None
-        if spectra and self._config.ranks.tokens:
-            measured = measure(self._engine, spectra, self.shapes, self._text(self._config.ranks.tokens))
-        values = spectra.values if spectra else None
-        return {folder: self._allocated(of, values, measured) if isinstance(of, float) else of for folder, of in wanted.items()}
-
-    def _walk(self) -> Iterator[Block]:
-        architecture = HubArchitecture(self.hub_config)
-        return walk(architecture, gathered(self._engine), self._text(self._factorizer.calibration_tokens), self._device)
-
-    @cached_property
-    def _engine(self) -> Any:
-        kind = self._factorizer.statistics
-        needs_blocks = kind is not None and not KINDS[kind].of_gradients
-        if self._config.ranks.tokens or (kind and not needs_blocks) or (needs_blocks and probed(self.hub_config).unchained):
+        engine: Any = Alone(self._reader.read, self._device)
+        if needs.whole_model or (needs.statistics and probed(self.hub_config).unchained):
             model = open_published(self._parent, torch.float32).model
-            return _Whole(model.get_parameter, self._device, model=model)
-        return Alone(self._reader.read, self._device)
+            engine = _Whole(model.get_parameter, self._device, model=model)
+        kept = self.kept if needs.in_order else None
+        return Source(engine, HubArchitecture(self.hub_config), self._text, kept, shown)
 
 
 def _give_back_what_is_freed() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from plrd_train.config import Config
 from plrd_train.lowrank.calibration import collect
 from plrd_train.lowrank.distributed import owners
-from plrd_train.lowrank.ranks import MEASURING, SPECTRAL, Shape
+from plrd_train.lowrank.ranks import Shape
 from plrd_train.lowrank.walk import blocks_of
 from plrd_train.plan.trace import Event, computing_in, trace_evaluation
 
@@ -51,16 +51,15 @@ class Text:
 def passes(config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape], todo: Collection[str], world_size: int) -> Text:
     """Those before the Linears `todo` of `model` are factored, `shapes` being all that may be. `model` is in evaluation, and computes as in the
     engine."""
-    method, spectral = config.factorizer.settings, config.ranks.name in SPECTRAL
+    needs, found = config.compressor().needs(), Text()
     if not todo:
-        return Text()
-    found = Text()
-    if method.statistics is not None and (spectral or not method.sequential):
-        found = dataclasses.replace(found, window=_window(config, model, shapes, shapes if spectral else todo, world_size))
-    if config.ranks.name in MEASURING:
+        return found
+    if needs.statistics is not None:
+        found = dataclasses.replace(found, window=_window(config, model, shapes, shapes if needs.spectra else todo, world_size))
+    if needs.losses:
         batch = _batches(config, config.ranks.tokens, world_size)[0]
         found = dataclasses.replace(found, measuring=trace_evaluation(model, lambda model: _loss(model, batch)))
-    if method.sequential:
+    if needs.in_order:
         with computing_in(model, torch.float32):
             found = dataclasses.replace(found, walk=_walk(config, model, world_size))
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from plrd_train.config import Config
 from plrd_train.lowrank.calibration import KINDS
 from plrd_train.lowrank.distributed import changes, rounds
-from plrd_train.lowrank.ranks import SPECTRAL, Shape
+from plrd_train.lowrank.ranks import Shape
 from plrd_train.plan.calibration import Text, Walk
 from plrd_train.plan.replay import peak
 from plrd_train.plan.structure import Parts, Structure, add
@@ -20,24 +20,23 @@ Held = tuple[str, str, Parts, Parts]  # a phase, when, and what is held on the d
 def factoring(
     config: Config, memory: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], text: Text, world_size: int
 ) -> Iterator[Held]:
-    """What is held beside the model `before` while its Linears go from `shapes` to `ranks`, in the order of `plrd_train.compression.factor`."""
-    method, todo, spectral = config.factorizer.settings, changes(shapes, ranks), config.ranks.name in SPECTRAL
+    """What is held beside the model `before` while its Linears go from `shapes` to `ranks`, in the order of `plrd_train.lowrank.compressor`."""
+    method, todo, needs = config.factorizer.settings, changes(shapes, ranks), config.compressor().needs()
     if not todo:
         return
     pair = max(_pair(shapes[name], rank) for name, rank in todo.items())
-    if spectral:
+    if needs.spectra:
         own = [[_decomposed(method, shape) for shape in owned] for owned in _owned(shapes, shapes, world_size)]
         waiting = {"factorization": max(map(sum, own))}
         yield from _parted(memory, method, before, shapes, shapes, {}, text, world_size, waiting)
         if text.measuring:
             parts, when = peak(text.measuring, memory.holder(before, text.measuring))
             yield "measure", when, add(parts, {"factorization": pair}), waiting
-        if not method.sequential:
+        if not needs.in_order:
             yield "cut", "", {"factorization": factors(memory, shapes, todo) + max(map(max, own)) + pair}, waiting
     if text.walk:
-        refined = config.factorizer.name == "refined"
-        yield "factor", "", {"factorization": _in_order(memory, method, before, shapes, todo, text.walk, refined=refined)}, {}
-    elif not spectral:
+        yield "factor", "", {"factorization": _in_order(memory, method, before, shapes, todo, text.walk)}, {}
+    elif not needs.spectra:
         yield from _parted(memory, method, before, shapes, todo, todo, text, world_size, {})
 
 
@@ -96,11 +95,9 @@ def _owned(shapes: Mapping[str, Shape], names: Collection[str], world_size: int)
     return [[shapes[part[owner]] for part in dealt if owner < len(part)] for owner in range(len(dealt[0]))]
 
 
-def _in_order(
-    memory: Any, method: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], walk: Walk, *, refined: bool
-) -> float:
-    """A rank holds a whole block, its text as hidden states, and what one Linear takes. First come the embeddings: as received, and whole.
-    `refined` holds the block as it was, too, and trains its factors."""
+def _in_order(memory: Any, method: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], walk: Walk) -> float:
+    """A rank holds a whole block, its text as hidden states, and what one Linear takes. First come the embeddings: as received, and whole. A method
+    that trains a block holds it as it was, too."""
     sizes = Counter[str]()
     for parameter in before.parameters:
         sizes[parameter.block] += 4 * parameter.numel
@@ -108,8 +105,8 @@ def _in_order(
     block, outside = max(size for name, size in sizes.items() if name), max(4 * p.numel for p in before.parameters if not p.block)
     pairs = {name: _pair(shapes[name], rank) for name, rank in ranks.items()}
     one = max(max(method.peak_bytes(shapes[name]), _statistic(method, shapes[name]) + walk.runs) for name in ranks) + max(pairs.values())
-    highest = max((2 if refined else 1) * (block + walk.states) + one, 2 * outside + walk.states)
-    if refined:
+    highest = max((2 if method.trains_blocks else 1) * (block + walk.states) + one, 2 * outside + walk.states)
+    if method.trains_blocks:
         # A copy of the factors to go back to, their gradients and two moments; the states before and behind the block.
         highest = max(highest, block + 5 * sum(pairs.values()) / blocks + 3 * walk.states + walk.keeps)
     done = factors(memory, shapes, ranks)

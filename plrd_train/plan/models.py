@@ -17,8 +17,9 @@ from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import model_ranks
 from plrd_train.hub.models import build_model
 from plrd_train.hub.reach import check_in_order, check_lengths, shapes_of
+from plrd_train.lowrank.compressor import AllocationError
 from plrd_train.lowrank.distributed import changes
-from plrd_train.lowrank.ranks import MEASURING, Shape, ratio_of, uniform
+from plrd_train.lowrank.ranks import Shape, ratio_of
 from plrd_train.plan.calibration import Text, passes
 from plrd_train.plan.structure import Structure
 from plrd_train.plan.trace import Event, computing_in, trace_evaluation, trace_step
@@ -50,7 +51,8 @@ def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterat
     ranks = model_ranks(parent)
     model = _on_meta(config, parent, None)
     check_lengths(parent, {"data.seq_len": config.data.seq_len, "evaluation.context": config.evaluation.context}, path)
-    if config.factorizer.settings.sequential:
+    compressor = config.compressor()
+    if compressor.needs().in_order:
         check_in_order(parent, config.factorizer.name, path)
     shapes = shapes_of(model, parent, linears.include, linears.exclude, path)
     now = {name: shape.rank for name, shape in shapes.items() if shape.rank is not None}
@@ -59,9 +61,10 @@ def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterat
     )
     yield _traced(config, whole, model, world_size, train=scratch is not None)
     for ratio, tokens in zip(config.stages.ratios, config.stages.budgets(), strict=True):
-        wanted = uniform(shapes, ratio, config.ranks.multiple)
-        if ratio > 1 and not wanted:
-            raise UserError(f"ranks.multiple: at {ratio:g}x every rank is below {config.ranks.multiple}; choose a smaller multiple")
+        try:
+            wanted = compressor.even(shapes, ratio)
+        except AllocationError as error:
+            raise UserError(str(error)) from None
         with _tracing(config, model):
             text = passes(config, model, shapes, changes(shapes, wanted), world_size)
         ranks = {**ranks, **wanted}
@@ -74,8 +77,7 @@ def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterat
 def traced_as(config: Config, world_size: int) -> tuple[Any, ...]:
     """What the traces of the same models differ by."""
     settings, batches = config.engine.settings, (micro_batch(config, world_size), config.evaluation.batch)
-    looks_at_text = config.factorizer.settings.statistics is not None or config.ranks.name in MEASURING
-    return settings.dtype, settings.activation_checkpointing, batches, world_size if looks_at_text else None
+    return settings.dtype, settings.activation_checkpointing, batches, world_size if config.compressor().needs().text else None
 
 
 def micro_batch(config: Config, world_size: int) -> int:

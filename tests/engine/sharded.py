@@ -75,7 +75,8 @@ def shapes_of(engine: Engine) -> dict[str, Shape]:
 
 
 def factor(engine: Engine, folder: Path, ranks: dict[str, int]) -> None:
-    engine.rebuild(architecture(folder, ranks), decompose(engine, shapes_of(engine), ranks, Factorizer()))
+    made = decompose(engine, shapes_of(engine), ranks, Factorizer())
+    engine.rebuild(architecture(folder, ranks), {one.name: one for one in made})
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from processes import run_ranks
 from sharded import Dying, opened, shapes_of
 from torch import Tensor
 
-from plrd_train.lowrank.distributed import DecompositionError, Spectra, decompose, rounds
+from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Spectra, decompose, rounds
 from plrd_train.lowrank.factorizers.svd import Factorizer
 from plrd_train.recover.kept import KeptFactors
 
@@ -24,8 +24,8 @@ def ranks_of(shapes: dict, ratio: int) -> dict[str, int]:
     return {name: min(shape.out_features, shape.in_features) // ratio for name, shape in shapes.items()}
 
 
-def shards(made: dict) -> dict[str, tuple]:
-    return {name: (one.rank, one.up, one.down, one.rel_error) for name, one in made.items()}
+def shards(made: Iterable[Decomposed]) -> dict[str, tuple]:
+    return {one.name: (one.rank, one.up, one.down, one.rel_error) for one in made}
 
 
 def same(one: dict[str, tuple], other: dict[str, tuple]) -> bool:
@@ -94,7 +94,7 @@ def overlapping(world, name, folder):
     engine = opened(world, name, folder)
     shapes = shapes_of(engine)
     Noting.events.clear()
-    decompose(Recorder(engine, Noting.events), shapes, ranks_of(shapes, 2), Noting())
+    list(decompose(Recorder(engine, Noting.events), shapes, ranks_of(shapes, 2), Noting()))
     return list(rounds(shapes, shapes, world.size)), Noting.events
 
 

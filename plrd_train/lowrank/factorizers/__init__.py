@@ -46,6 +46,9 @@ class Sequential(Factorizer, Protocol):
     """A method that takes the blocks of a model in order. Its `dense` and `product` serve where spectra are asked for first, to choose the ranks by:
     they are then given the statistics of the model as it stands."""
 
+    trains_blocks: ClassVar[bool]
+    """Whether it trains the factors of a block, and so holds the block as it was beside it."""
+
     def in_order(
         self,
         engine: "Shards",

@@ -47,6 +47,7 @@ class Factorizer:
     epochs the pairs stay as they are found in closed form."""
 
     sequential: ClassVar[bool] = True
+    trains_blocks: ClassVar[bool] = True
     statistics: ClassVar[str | None] = "inputs"
 
     calibration_tokens: int

@@ -27,6 +27,7 @@ class Factorizer:
     """`calibration_tokens` of the training corpus tell the inputs."""
 
     sequential: ClassVar[bool] = True
+    trains_blocks: ClassVar[bool] = False
     statistics: ClassVar[str | None] = "inputs"
 
     calibration_tokens: int
