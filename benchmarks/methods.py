@@ -1,5 +1,5 @@
-"""Held-out perplexity of untrained members, over the parent's: each method and allocation against plain SVD with uniform ranks, of the same parent,
-on the same text. It needs the test assets (PLRD_ASSETS)."""
+"""Held-out perplexity of untrained members, over the parent's: each method, allocation and form against plain SVD with
+uniform ranks as pairs of factors, of the same parent, on the same text. It needs the test assets (PLRD_ASSETS)."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from benchmarks import Row
 
 ASSETS = Path(os.environ.get("PLRD_ASSETS", "../shared"))
 PARENT, CORPUS = ASSETS / "parents" / "stories3m", ASSETS / "data" / "tinystories"
+FORMS = ("lowrank", "pifa")
 RATIOS = (1.25, 1.5, 1.85, 2.25)
 SETTINGS = ("data.seq_len=256", "data.streams=8", "data.append_eos=false", "evaluation.tokens=50000", "evaluation.batch=16")
 CHOICES = (
@@ -30,16 +31,32 @@ def rows() -> Iterator[Row]:
         print(f"methods: no test assets in {ASSETS} (set PLRD_ASSETS)")
         return
     plain: dict[float, float] = {}
-    for method, ranks in CHOICES:
-        for ratio, multiple in _multiples(method, ranks).items():
-            plain.setdefault(ratio, multiple)  # the first of the choices
-            yield Row(f"perplexity over the parent's: {method}, {ranks}", multiple, plain[ratio], "x", f"stories3m at {ratio:g}x")
+    for form in FORMS:
+        for method, ranks in CHOICES:
+            for ratio, multiple in _multiples(form, method, ranks).items():
+                plain.setdefault(ratio, multiple)  # the first of the choices
+                yield Row(f"perplexity over the parent's: {form}, {method}, {ranks}", multiple, plain[ratio], "x", f"stories3m at {ratio:g}x")
 
 
-def _multiples(method: str, ranks: str) -> dict[float, float]:
+def _multiples(form: str, method: str, ranks: str) -> dict[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         ratios = ",".join(map(str, RATIOS))
-        options = ["--method", method, "--ranks", ranks, "--ratio", ratios, "--calibration", CORPUS, "--data", CORPUS, *SETTINGS, "--json"]
+        options = [
+            "--form",
+            form,
+            "--method",
+            method,
+            "--ranks",
+            ranks,
+            "--ratio",
+            ratios,
+            "--calibration",
+            CORPUS,
+            "--data",
+            CORPUS,
+            *SETTINGS,
+            "--json",
+        ]
         command = [sys.executable, "-m", "plrd_train.cli", "factor", PARENT, f"{folder}/family", *options]
         family = json.loads(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout)
     base = family["parent"]["eval"]["ppl"]

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 
 from plrd_train import engine
 from plrd_train.errors import UserError
-from plrd_train.lowrank import factorizers
+from plrd_train.lowrank import factorizers, forms
 from plrd_train.lowrank.compressor import Compressor
 from plrd_train.lowrank.ranks import ALLOCATIONS, MEASURING
 from plrd_train.recover import objectives
@@ -185,6 +185,7 @@ class Config:
     linears: Linears
     data: Data
     stages: Stages
+    form: Chosen
     factorizer: Chosen
     ranks: Ranks
     recover: Recover
@@ -201,6 +202,7 @@ class Config:
 
 # Group -> the names there are, and the settings of one.
 _PLUGINS: dict[str, tuple[Callable[[], list[str]], Callable[[str], type]]] = {
+    "form": (forms.available, forms.settings),
     "factorizer": (factorizers.available, factorizers.get),
     "objective": (objectives.available, objectives.get),
     "engine": (engine.available, engine.options),

@@ -67,6 +67,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("ratio", "ratio_requested"), (_is_ratio, "a number")),
     **dict.fromkeys(("eval", "eval_factored"), (_is_evaluation, 'of the form {"ppl": a positive number}')),
     "ranks": (_is_ranks, "of the form {name: rank}"),
+    "form": (lambda value: isinstance(value, str), "the name of a form"),
     "path": (lambda value: isinstance(value, str) and "\0" not in value, "a path"),
     "revision": (lambda value: value is None or isinstance(value, str), "a commit"),
 }

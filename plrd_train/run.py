@@ -27,8 +27,10 @@ from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, op
 from plrd_train.hub.reach import check_in_order, check_lengths, notes, shapes_of
 from plrd_train.hub.tokenization import compare
 from plrd_train.hub.weights import WeightReader, parent_dtype
+from plrd_train.lowrank import forms
 from plrd_train.lowrank.compressor import AllocationError, Source
 from plrd_train.lowrank.distributed import Decomposed, DecompositionError
+from plrd_train.lowrank.packing import packed
 from plrd_train.lowrank.ranks import Shape
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
 from plrd_train.recover.guard import Guard
@@ -175,7 +177,8 @@ class Run:
     def shapes(self) -> dict[str, Shape]:
         """The eligible Linears of the model in the engine."""
         linears, path = self.config.linears, self.config.parent.path
-        return self.world.on_all(lambda: shapes_of(self.engine.model, self._parent_config, linears.include, linears.exclude, path))
+        chosen, form = (linears.include, linears.exclude), self.config.form.name
+        return self.world.on_all(lambda: shapes_of(self.engine.model, self._parent_config, *chosen, path, form))
 
     def position(self) -> dict[str, Any]:
         """The data position over all ranks."""
@@ -272,12 +275,19 @@ class Run:
 
     def evaluate(self, when: str, stage: Stage | None = None) -> dict[str, Any]:
         """Held-out perplexity of the model in the engine, on its weights as they would be published."""
-        with rounded(self.engine, self._dtype):
+        with self._as_published():
             measured = perplexity(self.engine, self._held_out, self.config.evaluation.batch)
         console.say(f"perplexity {when}{f', {stage.ratio:g}x' if stage else ''}: {measured.ppl:.4g}")
         stage_index = stage.index if stage else 0
         self._tracker.log_event("evaluation", {"stage/index": stage_index, "when": when, "val/loss": measured.loss, "val/ppl": measured.ppl})
         return measured.to_dict()
+
+    @contextmanager
+    def _as_published(self) -> Iterator[None]:
+        """Inside, the engine has the values that its model takes when published: packed by the form, and rounded."""
+        form = self.config.form.name
+        with rounded(self.engine, self._dtype, packed(self.engine, form) if forms.get(form).PACKS else ()):
+            yield
 
     def publish(self, entry: dict[str, Any], ranks: Mapping[str, int]) -> None:
         """Write the model in the engine as the member of `entry`, and list it in family.json once its folder is whole. A member that is listed
@@ -288,7 +298,9 @@ class Run:
         folder = self.family.member_folder(entry["name"])
         if not self.world.on_main(folder.exists):  # it does where a run was stopped between its publication and family.json
             card = member_card(entry, self.family.parent, dataclasses.asdict(self.config))
-            publish(self.engine, folder, config=self._parent_config, ranks=ranks, dtype=self._dtype, parent=self.parent, card=card)
+            settings = {"config": self._parent_config, "ranks": ranks, "form": self.config.form.name, "dtype": self._dtype}
+            with self._as_published():
+                publish(self.engine, folder, **settings, parent=self.parent, card=card)
         self.family.members.append(entry)
         self.world.on_main(self.family.write)
         if self.world.is_main:

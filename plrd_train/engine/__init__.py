@@ -6,7 +6,7 @@ of engines. Nothing outside this package knows which one runs.
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -134,13 +134,15 @@ def open_engine(name: str, settings: Any, world: World) -> Engine:
 
 
 @contextmanager
-def rounded(engine: Engine, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, every parameter of `engine` has the value that it takes when published in `dtype`."""
-    if dtype == torch.float32:
+def rounded(engine: Engine, dtype: torch.dtype, packed: Iterable[Decomposed] = ()) -> Iterator[None]:
+    """Inside, every parameter of `engine` has the value that it takes when published in `dtype`, and those pairs that are
+    `packed` stand in the place of their own."""
+    instead = {f"{made.name}.{part}.weight": getattr(made, part) for made in packed for part in ("up", "down")}
+    if dtype == torch.float32 and not instead:
         yield
         return
     exact = engine.snapshot()
-    engine.restore({name: tensor.to(dtype) for name, tensor in exact.items()})
+    engine.restore({name: instead.pop(name, tensor).to(dtype) for name, tensor in exact.items()})
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ _TEXT = """---
 # {name}
 
 A low-rank causal language model made from `{parent}` by progressive low-rank decomposition (PLRD, [arXiv 2406.19995](https://arxiv.org/abs/2406.19995))
-with plrd_train: Linears are products of two smaller matrices, embeddings and output projection are whole.
+with plrd_train: the matrices of its Linears are of low rank, in the form `{form}`; embeddings and output projection are whole.
 
 | | parent | this member |
 | --- | ---: | ---: |
@@ -52,7 +52,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-Without it, by the code that lies in this folder (read it first: modeling_plrd.py, linear.py, surgery.py):
+Without it, by the code that lies in this folder (read its .py files first):
 
 ```python
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
@@ -87,6 +87,7 @@ def member_card(entry: Mapping[str, Any], parent: Mapping[str, Any], settings: M
         parent=parent_name,
         numbers="\n".join(_numbers(entry, parent)),
         made_from=f"`{entry['made_from']}`" if entry.get("made_from") else f"`{parent_name}`",
+        form=entry["form"],
         ratio_requested=entry["ratio_requested"],
         ratio=f"{entry['ratio']:.4g}",
         ranks="\n".join(_rank_table(entry["ranks"])),

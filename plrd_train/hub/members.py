@@ -18,12 +18,14 @@ from plrd_train.hub.modeling_plrd import VARIANT, with_ranks
 from plrd_train.hub.models import build_model
 from plrd_train.hub.parents import Parent
 from plrd_train.hub.tokenization import copy_tokenizer
+from plrd_train.lowrank import forms
 
 
 class MemberWriter:
     """A Hugging Face folder that comes into being tensor by tensor: config.json, safetensors of `dtype`, the parent's tokenizer, and the card.
 
-    The model is that of `config` with `ranks`; with none the folder is a plain one of the architecture itself. `folder` appears when `publish` is
+    The model is that of `config` with `ranks`, given as pairs of factors that the `form` has packed, and stored in it; with
+    none the folder is a plain one of the architecture itself. `folder` appears when `publish` is
     called, complete; until then the files lie in `draft`, which `close` removes and a later writer replaces where a run was killed. At most one shard
     of `max_shard_bytes` is held in memory. Raises UserError where `folder` exists.
     """
@@ -34,6 +36,7 @@ class MemberWriter:
         *,
         config: PreTrainedConfig,
         ranks: Mapping[str, int],
+        form: str = "lowrank",
         dtype: torch.dtype,
         parent: Parent,
         max_shard_bytes: int = 5 * 2**30,
@@ -41,11 +44,12 @@ class MemberWriter:
         self.folder = folder = Path(folder)
         if folder.exists():
             raise UserError(f"{folder}: exists already, and a published member is never overwritten; remove it or choose another name")
-        config = with_ranks(config, ranks)
-        config.dtype = dtype
+        published = with_ranks(config, ranks, form)
+        published.dtype = dtype
         self.draft, self._dtype = folder.with_name(f".{folder.name}.part"), dtype
         with torch.device("meta"):
-            model = build_model(config)
+            model = build_model(config, ranks)
+        self._low_rank, self._form = frozenset(ranks), forms.get(form)
         self._architecture = type(model).__name__
         first_name = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
         self._canonical = {name: first_name[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -55,7 +59,7 @@ class MemberWriter:
         self.draft.mkdir(parents=True)
         try:
             with naming(self.draft):
-                config.save_pretrained(self.draft)
+                published.save_pretrained(self.draft)
                 copy_tokenizer(Path(parent.folder), self.draft, as_stored=parent.tokenizer_as_stored)
                 for file in Path(parent.folder).glob("generation_config.json"):
                     shutil.copyfile(file, self.draft / file.name)
@@ -78,7 +82,12 @@ class MemberWriter:
         if not torch.isfinite(tensor).all():
             mend = "train in a wider dtype or with a smaller rate"
             raise UserError(f"{self.folder}: {name} is not finite in {self._dtype}, so nothing was published; {mend}")
-        self._shards.add(name, tensor)
+        pair = forms.split(name, self._low_rank)
+        stored = {name: tensor}
+        if pair is not None:
+            stored = {f"{pair[0]}.{leaf}": part for leaf, part in self._form.stored(pair[1], tensor).items()}
+        for leaf, part in stored.items():
+            self._shards.add(leaf, part.contiguous())
 
     def missing(self) -> list[str]:
         """The names that were not given yet, each tied one once."""

@@ -1,6 +1,7 @@
-"""Low-rank models as transformers sees them: any causal LM of the library, some of its Linears replaced by LowRankLinear.
+"""Low-rank models as transformers sees them: any causal LM of the library, some of its Linears in another form.
 
-This file, linear.py and surgery.py also travel inside every member, which so loads without plrd_train (`trust_remote_code=True`).
+This file, linear.py, surgery.py and that of the form also travel inside every member, which so loads without plrd_train
+(`trust_remote_code=True`).
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from plrd_train.lowrank.forms import linear_of
 from plrd_train.lowrank.linear import LowRankLinear
 from plrd_train.lowrank.surgery import replace_linears
 
@@ -24,11 +26,16 @@ _CODE = {"AutoConfig": "modeling_plrd.PlrdConfig"}
 _OWN_KEYS = ("model_type", "parent_model_type", "auto_map", "plrd")  # what a low-rank config.json has on top of the parent's
 
 
-def code_files() -> dict[str, str]:
-    """The modules that a folder needs to load without plrd_train: {file name: source}, importing each other as neighbours."""
-    files = [Path(str(sys.modules[name].__file__)) for name in (__name__, LowRankLinear.__module__, replace_linears.__module__)]
+def code_files(form: str) -> dict[str, str]:
+    """The modules that a folder needs to load without plrd_train: {file name: source}, importing each other as neighbours.
+    In the place of the registry of forms stands the one `form`."""
+    of_form = linear_of(form).__module__
+    files = [Path(str(sys.modules[name].__file__)) for name in (__name__, LowRankLinear.__module__, replace_linears.__module__, of_form)]
     sources = {file.name: file.read_text(encoding="utf-8") for file in files}
-    return {name: re.sub(r"^from plrd_train\.\w+\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE) for name, source in sources.items()}
+    neighbours = re.compile(r"^from plrd_train(?:\.\w+)*\.(\w+) import", re.MULTILINE)
+    taken = {name: neighbours.sub(r"from .\1 import", source) for name, source in sources.items()}
+    name = linear_of(form).__name__
+    return taken | {"forms.py": f"from .{of_form.rpartition('.')[2]} import {name}\n\n\ndef linear_of(form):\n    return {name}\n"}
 
 
 @functools.cache
@@ -49,7 +56,7 @@ def _config_class(parent: Any) -> Any:
 
         def save_pretrained(self, save_directory, *args, **kwargs):
             super().save_pretrained(save_directory, *args, **kwargs)
-            for name, source in code_files().items():
+            for name, source in code_files(model_form(self)).items():
                 (Path(save_directory) / name).write_text(source, encoding="utf-8")
 
     Config.__name__ = Config.__qualname__ = f"Plrd{parent.__name__}"
@@ -66,7 +73,11 @@ def _model_class(config: Any, parent: Any) -> Any:
         def __init__(self, config, *args, **kwargs):
             super().__init__(config, *args, **kwargs)
             try:
-                replace_linears(self, _checked_ranks(config))
+                linear = linear_of(model_form(config))
+            except KeyError:
+                raise ValueError(f"config.json: no form {model_form(config)!r} is known here; a newer plrd_train may have it") from None
+            try:
+                replace_linears(self, _checked_ranks(config), linear)
             except KeyError as error:
                 raise ValueError(f"config.json, plrd.ranks: {error.args[0]}") from None
 
@@ -112,11 +123,20 @@ def model_ranks(config: PreTrainedConfig) -> dict[str, int]:
     return _checked_ranks(config) if hasattr(config, "parent_class") else {}
 
 
-def with_ranks(config: PreTrainedConfig, ranks: Mapping[str, int]) -> PreTrainedConfig:
-    """A copy of `config`, dense or low-rank, for a model with exactly these `ranks`; with none it is the plain config of the architecture."""
+def model_form(config: PreTrainedConfig) -> str:
+    """The form of these Linears."""
+    form = (getattr(config, "plrd", None) or {}).get("form", "lowrank")
+    if not isinstance(form, str):
+        raise ValueError('config.json of a low-rank model needs "plrd": {"form": a name}')
+    return form
+
+
+def with_ranks(config: PreTrainedConfig, ranks: Mapping[str, int], form: str = "lowrank") -> PreTrainedConfig:
+    """A copy of `config`, dense or low-rank, for a model with exactly these `ranks`, of that form; with none it is the plain
+    config of the architecture."""
     parent: Any = getattr(config, "parent_class", type(config))
     own = _config_class(parent) if ranks else parent
     values = {key: value for key, value in config.to_dict().items() if key not in _OWN_KEYS}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[own]
     values["architectures"] = [model_class.__name__]
-    return own.from_dict(values | {"plrd": {"ranks": dict(ranks)}} if ranks else values)
+    return own.from_dict(values | {"plrd": {"ranks": dict(ranks), "form": form}} if ranks else values)

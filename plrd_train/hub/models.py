@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from plrd_train.errors import UserError
-from plrd_train.hub.modeling_plrd import with_ranks
+from plrd_train.hub.modeling_plrd import model_ranks, with_ranks
 from plrd_train.hub.probe import Probe, probe
 from plrd_train.lowrank.distributed import DecompositionError
 from plrd_train.lowrank.walk import blocks_of
@@ -19,12 +19,17 @@ from plrd_train.lowrank.walk import blocks_of
 def build_model(config: PreTrainedConfig, ranks: Mapping[str, int] | None = None, attention: str | None = None) -> PreTrainedModel:
     """The causal LM of `config` in float32 on the default device, usually under `torch.device("meta")`; its weights are not set.
 
-    `ranks` {module name: rank} says which Linears are low-rank, all others being dense; None leaves that to the config (of a member). The class is
-    the one that `AutoModelForCausalLM` loads a published member as. `attention` is one of transformers' implementations; None: its own choice. Raises
+    `ranks` {module name: rank} says which Linears are pairs of factors, all others being dense; None: those of the config (of
+    a member), which are pairs here whatever their published form. `attention` is one of transformers' implementations; None: its own choice. Raises
     ValueError where `ranks` names something that is no Linear or the architecture has no such attention, ImportError where that is not installed.
     """
-    config = copy.deepcopy(config) if ranks is None else with_ranks(config, ranks)
+    config = with_ranks(config, model_ranks(config) if ranks is None else ranks)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False)
+
+
+def published_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The class and structure that `AutoModelForCausalLM` loads a folder of this `config` as, otherwise as `build_model`."""
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
 
 
 _PROBED: dict[str, Probe] = {}

@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from plrd_train.data.documents import PROBE, encode, limit_ids
 from plrd_train.errors import UserError
 from plrd_train.hub.modeling_plrd import VARIANT
-from plrd_train.hub.models import build_model
+from plrd_train.hub.models import published_model
 from plrd_train.hub.names import Names, changing_values, grouped, match, told
 from plrd_train.hub.tokenization import TOKENIZER_CODE, TOKENIZER_FILES, VOCABULARY_FILES, examine, load
 
@@ -147,7 +147,7 @@ def check_architecture(config: PreTrainedConfig, folder: Path) -> PreTrainedMode
     """The model of this config, which lies in `folder`, on the meta device. Raises UserError where transformers cannot make one."""
     try:
         with torch.device("meta"):
-            return build_model(config)
+            return published_model(config)
     except Exception as error:  # whatever an architecture stumbles over: a name that it does not know, sizes that do not go together
         raise UserError(
             f"{folder / 'config.json'}: no model can be made of it ({type(error).__name__}: {_first_line(error)}); fetch it again"

@@ -17,10 +17,11 @@ from plrd_train.lowrank.walk import blocks_of
 _NOTED = 0.1
 
 
-def shapes_of(model: nn.Module, config: PreTrainedConfig, include: Sequence[str], exclude: Sequence[str], path: str) -> dict[str, Shape]:
-    """The eligible Linears of `model`, which is of `config` and the parent `path`. Raises UserError where there is none."""
+def shapes_of(model: nn.Module, config: PreTrainedConfig, include: Sequence[str], exclude: Sequence[str], path: str, form: str) -> dict[str, Shape]:
+    """The eligible Linears of `model`, which is of `config` and the parent `path`, and becomes one of that `form`. Raises
+    UserError where there is none."""
     fixed = probed(config).fixed
-    shapes = {name: Shape.of(linear) for name, linear in eligible_linears(model, include, exclude, fixed)}
+    shapes = {name: Shape.of(linear, form) for name, linear in eligible_linears(model, include, exclude, fixed)}
     if shapes:
         return shapes
     if any(True for _ in eligible_linears(model, fixed=fixed)):

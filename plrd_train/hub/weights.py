@@ -9,9 +9,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from plrd_train.errors import UserError
-from plrd_train.hub.models import build_model
+from plrd_train.hub.modeling_plrd import model_form, model_ranks
+from plrd_train.hub.models import published_model
 from plrd_train.hub.names import match
 from plrd_train.hub.parents import Parent, load_config
+from plrd_train.lowrank import forms
 
 # Any other dtype, float8 included, needs scales or tables that lie elsewhere.
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -21,15 +23,18 @@ class WeightReader:
     """Tensors of a parent by the names that its model gives them, in the dtype that they are stored in.
 
     Files may say `embed_out.weight` for GPT-NeoX's `lm_head.weight`, leave out the prefix `model.`, or hold a tied weight under one name only;
-    names are matched as transformers does it, and a tied weight is found under each of its names. Opening one raises UserError where what is stored
-    is not of the shapes that the config leads to, or no floating-point numbers; only headers are read.
+    names are matched as transformers does it, and a tied weight is found under each of its names. The low-rank Linears of a member are read as pairs
+    of factors, up.weight and down.weight, whatever their form. Opening one raises UserError where what is stored is not of the shapes that the config
+    leads to, or no floating-point numbers; only headers are read.
     """
 
     def __init__(self, parent: Parent):
         self._parent = parent
         self._open: dict[Path, safe_open] = {}
+        config = load_config(parent)
+        self._low_rank, self._form = model_ranks(config), forms.get(model_form(config))
         with torch.device("meta"):
-            model = build_model(load_config(parent))
+            model = published_model(config)
         names = match(model, parent.weights)
         self._stored, self._converted = names.taken, names.converted
         owner = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items() if name in self._stored}
@@ -40,14 +45,17 @@ class WeightReader:
         self._check({name: tensor.shape for name, tensor in model.state_dict().items()})
 
     def names(self) -> list[str]:
-        """The names that can be read."""
+        """The names of what is stored."""
         return list(self._stored)
 
     def shape(self, name: str) -> torch.Size:
+        if self._part_of_pair(name):
+            return self.read(name).shape
         file, stored = self._find(name)
         return torch.Size(self._handle(file).get_slice(stored).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor by the name that it is stored by."""
         file, stored = self._find(name)
         return _dtype(self._handle(file), stored)
 
@@ -56,6 +64,10 @@ class WeightReader:
 
         Raises UserError where the parent has no such tensor or what was read is not finite.
         """
+        if pair := self._part_of_pair(name):
+            linear, part = pair
+            tensor = self._form.loaded(part, lambda leaf: self.read(f"{linear}.{leaf}"))
+            return tensor if rows is None else tensor[rows]
         file, stored = self._find(name)
         handle = self._handle(file)
         tensor = handle.get_tensor(stored) if rows is None else handle.get_slice(stored)[rows]
@@ -72,6 +84,10 @@ class WeightReader:
                 raise UserError(f"{file}: {told}; they are not of one model, fetch both again")
             if name in self._parameters and self.dtype(name) not in _DTYPES:
                 raise UserError(f"{file}: {stored} is stored as {str(self.dtype(name)).removeprefix('torch.')}; give the unquantized model")
+
+    def _part_of_pair(self, name: str) -> tuple[str, str] | None:
+        """(Linear, part) of a name that stands for a part of a pair, and is stored in another form."""
+        return None if name in self._stored else forms.split(name, self._low_rank)
 
     def _find(self, name: str) -> tuple[Path, str]:
         """(file, name in it)."""

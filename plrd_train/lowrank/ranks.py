@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from plrd_train.lowrank import forms
 from plrd_train.lowrank.linear import LowRankLinear
 
 # What a Linear loses goes as its relative error to the one power and, by `energy`, as its parameters to the other.
@@ -19,15 +20,17 @@ Measured = tuple[int, float]
 
 @dataclass(frozen=True)
 class Shape:
-    """The weight of one eligible Linear: `out_features` x `in_features`, and its rank where it is low-rank already (None: dense)."""
+    """The weight of one eligible Linear: `out_features` x `in_features`, and its rank where it is low-rank already (None:
+    dense). `form` (`plrd_train.lowrank.forms`) is what a rank is counted by."""
 
     out_features: int
     in_features: int
     rank: int | None = None
+    form: str = "lowrank"
 
     @classmethod
-    def of(cls, linear: nn.Linear | LowRankLinear) -> "Shape":
-        return cls(linear.out_features, linear.in_features, linear.rank if isinstance(linear, LowRankLinear) else None)
+    def of(cls, linear: nn.Linear | LowRankLinear, form: str = "lowrank") -> "Shape":
+        return cls(linear.out_features, linear.in_features, linear.rank if isinstance(linear, LowRankLinear) else None, form)
 
     @property
     def dense_params(self) -> int:
@@ -36,7 +39,15 @@ class Shape:
 
     def params(self, rank: int | None) -> int:
         """Parameters of what stands in its place at `rank` (None: dense)."""
+        return self.dense_params if rank is None else forms.get(self.form).params(self.out_features, self.in_features, rank)
+
+    def pair_params(self, rank: int | None) -> int:
+        """Numbers of the pair of factors that it is trained as at `rank` (None: dense)."""
         return self.dense_params if rank is None else rank * (self.out_features + self.in_features)
+
+    def most_rank(self, params: float) -> int:
+        """The largest rank that takes at most so many parameters; 0: none."""
+        return forms.get(self.form).most_rank(self.out_features, self.in_features, params)
 
     def shrinks(self, rank: int) -> bool:
         return self.params(rank) < self.dense_params
@@ -49,14 +60,15 @@ def uniform(
     values: Mapping[str, Tensor] | None = None,
     measured: Mapping[str, Measured] | None = None,
 ) -> dict[str, int]:
-    """The same ratio for every Linear (PLRD as published): rank = floor(m n / (m + n) / ratio), rounded down to `multiple` (1: not rounded).
+    """The same ratio for every Linear (PLRD as published): the largest rank whose form has at most m n / ratio parameters, as
+    floor(m n / (m + n) / ratio) for two factors, rounded down to `multiple` (1: not rounded).
 
-    A Linear for which two factors would be no smaller than it is stays dense and is absent from the result, and so is one that is too small for a
+    A Linear for which that would be no smaller than it is stays dense and is absent from the result, and so is one that is too small for a
     single `multiple`. Ranks never grow: a Linear that is low-rank already keeps at most the rank it has. Spectra and losses are of no account.
     """
     ranks = {}
     for name, shape in shapes.items():
-        rank = int(shape.dense_params / (shape.out_features + shape.in_features) / ratio) // multiple * multiple
+        rank = shape.most_rank(shape.dense_params / ratio) // multiple * multiple
         if shape.rank is not None:
             ranks[name] = min(rank, shape.rank) if rank else shape.rank
         elif rank and shape.shrinks(rank):
@@ -128,10 +140,9 @@ def _errors(values: Tensor) -> Tensor:
 
 def _curve(shape: Shape, lost: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """Parameters of a Linear at each rank that it may have, the last being what it is now, and what is lost there."""
-    step = multiple * (shape.out_features + shape.in_features)
     whole = shape.params(shape.rank)
-    steps = min(len(lost) // multiple, (whole - 1) // step)
-    params = step * torch.arange(1, steps + 1, dtype=torch.float64)
+    steps = min(len(lost), shape.most_rank(whole - 1)) // multiple
+    params = torch.tensor([float(shape.params(multiple * (i + 1))) for i in range(steps)], dtype=torch.float64)
     return torch.cat([params, params.new_tensor([whole])]), torch.cat([lost[multiple - 1 :: multiple][:steps], lost.new_zeros(1)])
 
 

@@ -25,7 +25,7 @@ SHARE = 0.4
 
 def point(shape: Shape) -> int:
     """The rank at which a Linear of that shape is measured: at `SHARE` of the parameters that it has now, at least rank 1."""
-    return max(int(SHARE * shape.params(shape.rank) / (shape.out_features + shape.in_features)), 1)
+    return max(shape.most_rank(SHARE * shape.params(shape.rank)), 1)
 
 
 @torch.no_grad()

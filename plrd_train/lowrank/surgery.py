@@ -1,7 +1,7 @@
 """Which Linears of a model are factored, and their replacement by low-rank ones."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -36,8 +36,9 @@ def eligible_linears(
             yield name, module
 
 
-def replace_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Put an uninitialised LowRankLinear of rank `ranks[name]` in the place of each named Linear, on that Linear's device and in its dtype.
+def replace_linears(model: nn.Module, ranks: Mapping[str, int], make: Callable[..., nn.Module] = LowRankLinear) -> None:
+    """Put an uninitialised `make`(in_features, out_features, rank, bias) of rank `ranks[name]` in the place of each named
+    Linear, on that Linear's device and in its dtype.
 
     Raises KeyError where `ranks` names something that is no Linear of `model`.
     """
@@ -51,5 +52,5 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
         if not isinstance(old, (nn.Linear, LowRankLinear)):
             raise KeyError(f"{name} is a {type(old).__name__}, not a Linear")
         weight, bias = (old.up.weight, old.up.bias) if isinstance(old, LowRankLinear) else (old.weight, old.bias)
-        new = LowRankLinear(old.in_features, old.out_features, rank, bias=bias is not None)
+        new = make(old.in_features, old.out_features, rank, bias is not None)
         setattr(parent, leaf, new.to(device=weight.device, dtype=weight.dtype))

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(above=0, most=1),
         help="the share of all parameters to keep, by factoring the last blocks alone (LLM-ROM)",
     )
+    parser.add_argument("--form", metavar="FORM", default="lowrank", help="what stands in a Linear's place: lowrank or pifa (default: %(default)s)")
     parser.add_argument("--ranks", metavar="ALLOCATION", default="uniform", help="uniform, energy or sensitivity (default: %(default)s)")
     text = "a folder, glob or hub id of text, for methods and ranks that look at some"
     parser.add_argument("--calibration", metavar="CORPUS", type=given_path, help=text)
@@ -69,7 +70,11 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     parent = open_parent(given.parent, given.revision or "main", given.trust_remote_code)
     _check_parent(given, config, parent)
     oneshot = OneShot(parent, config, _text(given, config, parent, calibration), unfinished=given.out / "factors")
-    made_by = {"factorizer": {"name": config.factorizer.name, **vars(config.factorizer.settings)}, "allocation": config.ranks.name}
+    made_by = {
+        "form": config.form.name,
+        "factorizer": {"name": config.factorizer.name, **vars(config.factorizer.settings)},
+        "allocation": config.ranks.name,
+    }
     asked: dict[str, Ranks | float] = {f"{ratio:g}x": ratio for ratio in given.ratio or ()}
     if given.budget is not None:
         asked = {f"budget-{given.budget:g}": oneshot.of_budget(given.budget)}
@@ -109,7 +114,7 @@ def _config(given: argparse.Namespace) -> Config:
         raise UserError("--budget: LLM-ROM's ranks are uniform in the blocks that it factors; leave --ranks out, or give --ratio")
     paths = {"parent.path": given.parent, "run_dir": given.out.absolute()}
     paths |= {"data.train": given.calibration} if given.calibration else {}
-    chosen = {"factorizer": given.method, "ranks": given.ranks} | paths
+    chosen = {"form": given.form, "factorizer": given.method, "ranks": given.ranks} | paths
     (source,) = compose([*(f"{key}={literal(str(value))}" for key, value in chosen.items()), *_OWN, *given.overrides])
     config = from_mapping(source)
     if config.compressor().needs().text and not given.calibration:
@@ -171,13 +176,14 @@ def _entry(name: str, oneshot: OneShot, ranks: Ranks, asked: Mapping[str, Ranks 
 
     shapes, of = oneshot.shapes, asked[name]
     ratio = ratio_of(shapes, ranks)
-    saved = sum(shapes[linear].params(shapes[linear].rank) - shapes[linear].params(rank) for linear, rank in ranks.items())
+    saved = sum(shape.pair_params(shape.rank) - shape.params(ranks.get(linear, shape.rank)) for linear, shape in shapes.items())
     return {
         "name": name,
         "ratio_requested": of if isinstance(of, float) else ratio,
         "ratio": ratio,
         "params": oneshot.params - saved,
         "linear_params": sum(shape.params(ranks.get(linear, shape.rank)) for linear, shape in shapes.items()),
+        "form": oneshot.form,
         "ranks": ranks,
         **dict.fromkeys(("tokens_stage", "tokens_total", "tokens_lineage"), 0),
         "path": f"members/{name}",

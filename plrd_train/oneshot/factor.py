@@ -27,9 +27,10 @@ from plrd_train.hub.models import HubArchitecture, probed
 from plrd_train.hub.parents import Parent, load_config
 from plrd_train.hub.reach import check_in_order, shapes_of
 from plrd_train.hub.weights import WeightReader, parent_dtype
+from plrd_train.lowrank import forms
 from plrd_train.lowrank.budget import last_blocks
 from plrd_train.lowrank.compressor import AllocationError, Needs, Ranks, Source
-from plrd_train.lowrank.distributed import Decomposed, DecompositionError
+from plrd_train.lowrank.distributed import Decomposed, DecompositionError, changes
 from plrd_train.lowrank.walk import Alone, blocks_of
 from plrd_train.recover.kept import KeptFactors
 from plrd_train.tracking import console
@@ -55,7 +56,7 @@ class OneShot:
     """
 
     def __init__(self, parent: Parent, config: Config, text: Text, unfinished: Path):
-        self._parent, self._text = parent, text
+        self._parent, self._text, self.form = parent, text, config.form.name
         self._compressor = config.compressor()
         self.hub_config = load_config(parent)
         self.dtype = parent_dtype(parent)
@@ -65,7 +66,7 @@ class OneShot:
         self.blocks = list(blocks_of(model))
         if self._compressor.needs().in_order:
             check_in_order(self.hub_config, config.factorizer.name, parent.path)
-        self.shapes = shapes_of(model, self.hub_config, config.linears.include, config.linears.exclude, parent.path)
+        self.shapes = shapes_of(model, self.hub_config, config.linears.include, config.linears.exclude, parent.path, self.form)
         self._reader = WeightReader(parent)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.kept = KeptFactors(unfinished, self._device)
@@ -101,7 +102,7 @@ class OneShot:
             writers = [stack.enter_context(closing(self._writer(folder, ranks))) for folder, ranks in members.items()]
             with console.progress("factor", sum(map(len, members.values())), "weights") as bar:
                 for i, one in made:
-                    _write(writers[i], one)
+                    self._write(writers[i], one.name, one.up, one.down)
                     bar.update(1)
             for writer, ranks in zip(writers, members.values(), strict=True):
                 yield self._complete(writer, ranks)
@@ -113,16 +114,31 @@ class OneShot:
             folder, ranks = of[i]
             with closing(self._writer(folder, ranks)) as writer, console.progress(f"factor {folder.name}", len(ranks), "weights") as bar:
                 for _, one in group:
-                    _write(writer, one)
+                    self._write(writer, one.name, one.up, one.down)
                     bar.update(1, error=one.rel_error)
                 yield self._complete(writer, ranks)
 
     def _writer(self, folder: Path, ranks: Ranks) -> MemberWriter:
-        all_ranks = {**model_ranks(self.hub_config), **ranks}
-        return MemberWriter(folder, config=self.hub_config, ranks=all_ranks, dtype=self.dtype, parent=self._parent, max_shard_bytes=SHARD_BYTES)
+        return MemberWriter(
+            folder,
+            config=self.hub_config,
+            ranks={**model_ranks(self.hub_config), **ranks},
+            form=self.form,
+            dtype=self.dtype,
+            parent=self._parent,
+            max_shard_bytes=SHARD_BYTES,
+        )
+
+    def _write(self, writer: MemberWriter, linear: str, up: Tensor, down: Tensor) -> None:
+        up, down = forms.get(self.form).pack(up, down)
+        writer.add(f"{linear}.up.weight", up)
+        writer.add(f"{linear}.down.weight", down)
 
     def _complete(self, writer: MemberWriter, ranks: Ranks) -> tuple[MemberWriter, Ranks]:
         """Add what is not factored, as the parent has it."""
+        for linear in model_ranks(self.hub_config).keys() - changes(self.shapes, ranks).keys():
+            up, down = (self._reader.read(f"{linear}.{part}").float() for part in ("up.weight", "down.weight"))
+            self._write(writer, linear, up, down)
         for name in writer.missing():
             linear, _, leaf = name.rpartition(".up.bias")
             now_low_rank = leaf == "" and linear in ranks and self.shapes[linear].rank is None
@@ -143,7 +159,7 @@ class OneShot:
         engine: Any = Alone(self._reader.read, self._device)
         if needs.whole_model or (needs.statistics and probed(self.hub_config).unchained):
             model = open_published(self._parent, torch.float32).model
-            engine = _Whole(model.get_parameter, self._device, model=model)
+            engine = _Whole(self._reader.read, self._device, model=model)
         kept = self.kept if needs.in_order else None
         return Source(engine, HubArchitecture(self.hub_config), self._text, kept, shown)
 
@@ -153,8 +169,3 @@ def _give_back_what_is_freed() -> None:
     activations, for what comes later: half as much again as what is in use at the peak."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**22)
-
-
-def _write(writer: MemberWriter, made: Decomposed) -> None:
-    writer.add(f"{made.name}.up.weight", made.up)
-    writer.add(f"{made.name}.down.weight", made.down)

@@ -110,9 +110,9 @@ def _members(plan: Plan) -> list[Sequence[str]]:
 
     rows: list[Sequence[str]] = [("member", "ratio", "parameters", str(plan.dtype).removeprefix("torch."), "tokens", "FLOPs", "hours", "ranks")]
     for model in plan.models:
-        size = amount(plan.dtype.itemsize * model.structure.numel)
+        size = amount(plan.dtype.itemsize * model.params)
         trained = (count(model.tokens), *cost(plan.flops(model))) if model.training else (ABSENT,) * 3
-        rows.append((model.name, f"{model.ratio:.2f}", count(model.structure.numel), size, *trained, kinds(rank_ranges(model))))
+        rows.append((model.name, f"{model.ratio:.2f}", count(model.params), size, *trained, kinds(rank_ranges(model))))
     rows.append(("evaluation", *[""] * 4, *cost(plan.evaluation_flops)))
     rows.append(("in all", "", "", "", count(sum(model.tokens for model in plan.models)), *cost(plan.total_flops)))
     return rows

@@ -84,7 +84,7 @@ def checkpoints(config: Config, parent: PreTrainedConfig, models: Sequence[Plann
     copies = 4 if config.recover.branch else 3
     trained = models if models[0].training else models[1:]
     size = max((4 * copies * model.structure.numel for model in trained), default=0)
-    published = sum(published_width * model.structure.numel for model in models[1:])
+    published = sum(published_width * model.params for model in models[1:])
     seconds = 2 * size / machine.disk
     step_tokens = sequences(config) * config.data.seq_len
     steps = [machine.seconds(_flops_per_token(parent, model, config.data.seq_len) * step_tokens) for model in trained]

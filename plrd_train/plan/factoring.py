@@ -65,11 +65,11 @@ def _parted(
     if window:
         parts, when = peak(window.events, memory.holder(before, window.events))
         yield "calibrate", when, add(parts, {"factorization": earlier + window.sums}), waiting
-    highest = earlier + _in_rounds(memory, method, shapes, part, ranks, world_size, window.owns if window else [0] * world_size)
+    highest = earlier + in_rounds(memory, method, shapes, part, ranks, world_size, window.owns if window else [0] * world_size)
     yield "factor", "", {"factorization": max(highest, done)}, waiting
 
 
-def _in_rounds(
+def in_rounds(
     memory: Any,
     method: Any,
     shapes: Mapping[str, Shape],
@@ -119,11 +119,11 @@ def _decomposed(method: Any, shape: Shape) -> float:
 
 
 def _weight(shape: Shape) -> float:
-    return 4.0 * shape.params(shape.rank)
+    return 4.0 * shape.pair_params(shape.rank)
 
 
 def _pair(shape: Shape, rank: int) -> float:
-    return 4.0 * shape.params(rank)
+    return 4.0 * shape.pair_params(rank)
 
 
 def _statistic(method: Any, shape: Shape) -> float:

@@ -43,6 +43,12 @@ class Planned:
     evaluation: Sequence[Event]
     text: Text
 
+    @property
+    def params(self) -> int:
+        """Parameters as the form stores them; the `structure` holds pairs."""
+        pairs = ((shape, self.ranks.get(name)) for name, shape in self.shapes.items())
+        return self.structure.numel - sum(shape.pair_params(rank) - shape.params(rank) for shape, rank in pairs)
+
 
 def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterator[Planned]:
     """The parent and the members that the run will make of it, in order. The ranks are those of `ranks=uniform`, which are known before any weight
@@ -54,7 +60,7 @@ def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterat
     compressor = config.compressor()
     if compressor.needs().in_order:
         check_in_order(parent, config.factorizer.name, path)
-    shapes = shapes_of(model, parent, linears.include, linears.exclude, path)
+    shapes = shapes_of(model, parent, linears.include, linears.exclude, path, config.form.name)
     now = {name: shape.rank for name, shape in shapes.items() if shape.rank is not None}
     whole = Planned(
         "parent", 1.0, ratio_of(shapes, now), _linear_params(shapes, now), scratch.tokens if scratch else 0, {}, now, *_parts(model), Text()

@@ -1,5 +1,6 @@
 """The memory of each phase of a run on its first rank, by part."""
 
+import dataclasses
 import importlib
 import importlib.util
 import itertools
@@ -9,8 +10,10 @@ from typing import Any
 
 from plrd_train.config import Config
 from plrd_train.errors import UserError
+from plrd_train.lowrank import forms
 from plrd_train.lowrank.distributed import changes
-from plrd_train.plan.factoring import factoring, factors
+from plrd_train.lowrank.packing import Packer
+from plrd_train.plan.factoring import factoring, factors, in_rounds
 from plrd_train.plan.models import Planned, micro_batch, sequences
 from plrd_train.plan.replay import peak
 from plrd_train.plan.structure import Parts, add, total
@@ -57,8 +60,10 @@ def phases(config: Config, models: Sequence[Planned], world_size: int, device: s
             yield Phase(model.name, name, when, add(resident, on_device), add(host, on_host))
         made = factors(memory, model.shapes, changes(model.shapes, model.ranks))
         yield Phase(model.name, "rebuild", "", *memory.rebuilt(old, model.structure, made, optimizer=trained))
+        yield from _packing(config, memory, model, world_size, trained=False)
         yield _evaluation(config, memory, model, published, trained=False)
         yield from _training(config, memory, model, world_size)
+        yield from _packing(config, memory, model, world_size, trained=True)
         yield _evaluation(config, memory, model, published, trained=True)
         yield _publication(config, memory, model, published, device)
 
@@ -79,10 +84,21 @@ def _training(config: Config, memory: Any, model: Planned, world_size: int) -> I
     yield Phase(model.name, "update", "in the optimizer", add(resident, memory.update(structure)), host)
 
 
+def _packing(config: Config, memory: Any, model: Planned, world_size: int, *, trained: bool) -> Iterator[Phase]:
+    """The pairs are packed by their owners before an evaluation, where the form stores them otherwise."""
+    form = config.form.name
+    if not (forms.get(form).PACKS and model.ranks):
+        return
+    pairs = {name: dataclasses.replace(model.shapes[name], rank=rank) for name, rank in model.ranks.items()}
+    parts = {"factorization": in_rounds(memory, Packer(form), pairs, pairs, model.ranks, world_size, [0.0] * world_size)}
+    yield Phase(model.name, "pack", "", add(memory.resident(model.structure, optimizer=trained), parts), memory.host(model.structure))
+
+
 def _evaluation(config: Config, memory: Any, model: Planned, published: int, *, trained: bool) -> Phase:
     parts, when = peak(model.evaluation, memory.holder(model.structure, model.evaluation))
     copy = 4 * _kept(memory, model)
-    host = {"snapshot": copy if published < 4 else 0.0}  # of the exact values, while they are rounded
+    changed = published < 4 or (forms.get(config.form.name).PACKS and bool(model.ranks))
+    host = {"snapshot": copy if changed else 0.0}  # of the exact values, while they are rounded or packed
     if trained:  # and what the end of the stage saves: the trunk, and the member where that is another
         saved = 2 if config.recover.branch else 1
         host = add(host, {"snapshot": saved * copy, "checkpoint": FILE_COPIES * saved * copy})
@@ -95,7 +111,7 @@ def _publication(config: Config, memory: Any, model: Planned, published: int, de
     """Each parameter is put together on the first rank, as received and whole, and then goes to the host, into the file that is being made."""
     structure = model.structure
     largest = 4 * max(parameter.numel for parameter in structure.parameters)
-    member = min(PUBLISHED_SHARD, published * structure.numel) + (largest if device == "cuda" else 0)
+    member = min(PUBLISHED_SHARD, published * model.params) + (largest if device == "cuda" else 0)
     host = {"snapshot": 4 * _kept(memory, model) * (2 if config.recover.branch else 1), "member": member}
     resident = memory.resident(structure, optimizer=True)
     return Phase(model.name, "publish", "", add(resident, {"gathered": 2 * largest}), add(memory.host(structure), host))

@@ -91,7 +91,7 @@ class Plan:
                 "mfu": self.machine.mfu,
                 "disk_bytes_per_s": self.machine.disk,
             },
-            "parent": {"path": self.config.parent.path, "params": parent.structure.numel, **self._published(parent)},
+            "parent": {"path": self.config.parent.path, "params": parent.params, **self._published(parent)},
             "members": [self._member(member) for member in members],
             "memory": {
                 "phases": [_phase(phase) for phase in self.phases],
@@ -114,14 +114,14 @@ class Plan:
         }
 
     def _published(self, model: Planned) -> dict[str, Any]:
-        return {"dtype": str(self.dtype).removeprefix("torch."), "bytes": self.dtype.itemsize * model.structure.numel}
+        return {"dtype": str(self.dtype).removeprefix("torch."), "bytes": self.dtype.itemsize * model.params}
 
     def _member(self, member: Planned) -> dict[str, Any]:
         return {
             "name": member.name,
             "ratio_requested": member.ratio_requested,
             "ratio": member.ratio,
-            "params": member.structure.numel,
+            "params": member.params,
             "linear_params": member.linear_params,
             "ranks": rank_ranges(member),
             **self._published(member),

@@ -12,6 +12,7 @@ ENTRY = {
     "ratio": 1.5031,
     "params": 2345678,
     "linear_params": 1234567,
+    "form": "pifa",
     "ranks": {"model.layers.0.mlp.up_proj": 40, "model.layers.1.mlp.up_proj": 44, "model.layers.0.self_attn.q_proj": 31},
     "tokens_stage": 100000,
     "tokens_total": 300000,
@@ -35,7 +36,7 @@ def test_card_of_a_local_parent_tells_no_path():
     assert data.library_name == "transformers" and "plrd" in data.tags and data.base_model is None
     assert "/home/someone" not in text and "stories3m" in text
     numbers = ("2,345,678", "3,148,224", "100,000", "300,000", "250,000", "61.25", "7.125", "1.503")
-    for said in (*numbers, "`r1.25`", "| up_proj | 2 | 40 to 44 |", "| q_proj | 1 | 31 |"):
+    for said in (*numbers, "`pifa`", "`r1.25`", "| up_proj | 2 | 40 to 44 |", "| q_proj | 1 | 31 |"):
         assert said in text
 
 

@@ -145,11 +145,11 @@ def test_a_model_without_linears_is_told_what_holds_its_weights():
     with torch.device("meta"):
         model = build_model(config_of("gpt2"))
     with pytest.raises(UserError, match=r"^parent theirs: GPT2LMHeadModel has no nn\.Linear .*in Conv1D; choose another parent$"):
-        shapes_of(model, config_of("gpt2"), [".*"], [], "theirs")
+        shapes_of(model, config_of("gpt2"), [".*"], [], "theirs", "lowrank")
     with torch.device("meta"):
         model = build_model(config_of("llama"))
     with pytest.raises(UserError, match=r"mend linears\.include and linears\.exclude$"):
-        shapes_of(model, config_of("llama"), ["none"], [], "theirs")
+        shapes_of(model, config_of("llama"), ["none"], [], "theirs", "lowrank")
 
 
 def test_the_share_that_can_be_reached_is_told_where_experts_hold_the_rest():
