@@ -41,22 +41,8 @@ def rows() -> Iterator[Row]:
 def _multiples(form: str, method: str, ranks: str) -> dict[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         ratios = ",".join(map(str, RATIOS))
-        options = [
-            "--form",
-            form,
-            "--method",
-            method,
-            "--ranks",
-            ranks,
-            "--ratio",
-            ratios,
-            "--calibration",
-            CORPUS,
-            "--data",
-            CORPUS,
-            *SETTINGS,
-            "--json",
-        ]
+        chosen = ["--form", form, "--method", method, "--ranks", ranks, "--ratio", ratios]
+        options = [*chosen, "--calibration", CORPUS, "--data", CORPUS, *SETTINGS, "--json"]
         command = [sys.executable, "-m", "plrd_train.cli", "factor", PARENT, f"{folder}/family", *options]
         family = json.loads(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout)
     base = family["parent"]["eval"]["ppl"]
