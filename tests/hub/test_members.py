@@ -20,16 +20,19 @@ from plrd_train.hub.modeling_plrd import model_ranks, with_ranks
 from plrd_train.hub.models import build_model
 from plrd_train.hub.parents import Parent, load_config, load_tokenizer, open_parent
 from plrd_train.hub.weights import WeightReader
+from plrd_train.lowrank import forms
 from plrd_train.lowrank.linear import LowRankLinear
 
 
-def factored(dense: PreTrainedModel) -> PreTrainedModel:
-    """`dense` with every Linear of its blocks as two factors of full rank, by float64 SVD."""
+def factored(dense: PreTrainedModel, less: int = 0) -> PreTrainedModel:
+    """`dense` with every Linear of its blocks as two factors of full rank, or of `less`, by float64 SVD."""
     linears = {name: module for name, module in dense.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
-    model = build_model(dense.config, {name: min(module.weight.shape) for name, module in linears.items()}).eval()
+    model = build_model(dense.config, {name: min(module.weight.shape) - less for name, module in linears.items()}).eval()
     state = dense.state_dict()
     for name in linears:
-        u, s, vh = torch.linalg.svd(state.pop(f"{name}.weight").double(), full_matrices=False)
+        whole = torch.linalg.svd(state.pop(f"{name}.weight").double(), full_matrices=False)
+        rank = len(whole.S) - less
+        u, s, vh = whole.U[:, :rank], whole.S[:rank], whole.Vh[:rank]
         state |= {f"{name}.up.weight": (u * s.sqrt()).float(), f"{name}.down.weight": (s.sqrt()[:, None] * vh).float()}
         if f"{name}.bias" in state:
             state[f"{name}.up.bias"] = state.pop(f"{name}.bias")
@@ -198,8 +201,53 @@ torch.save([model(tokens).logits.detach(), reloaded(tokens).logits.detach()], sy
 """
 
 
-def test_without_plrd_train_a_member_loads_itself_or_raises(member, tokens, tmp_path):
-    folder, model, _ = member("llama")
+@pytest.fixture
+def member_of_pifa(save_parent, tmp_path):
+    """member_of_pifa(architecture, **write_member's arguments) -> (folder, the model of pairs that it was packed from)."""
+
+    def make(architecture: str, **arguments) -> tuple[Path, PreTrainedModel]:
+        parent_folder, dense = save_parent(architecture)
+        model = factored(dense, less=8)
+        pairs = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+        tensors = dict(model.named_parameters())
+        for name, pair in pairs.items():
+            up, down = forms.get("pifa").pack(pair.up.weight.detach(), pair.down.weight.detach())
+            tensors |= {f"{name}.up.weight": up, f"{name}.down.weight": down}
+        publish(tmp_path / "members" / "m", parent_folder, model, tensors=tensors.items(), form="pifa", **arguments)
+        return tmp_path / "members" / "m", model
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied_scaled_rope", "qwen2", "gpt_neox"])
+def test_a_member_of_pifa_is_the_model_of_pairs(member_of_pifa, architecture, tokens, tmp_path):
+    folder, model = member_of_pifa(architecture, max_shard_bytes=12_000)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, atol=1e-4, rtol=0)
+    assert loaded.num_parameters() < model.num_parameters()
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(tokens).logits, loaded(tokens).logits)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(tokens, **settings), model.generate(tokens, **settings))
+    loaded(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in loaded.parameters())
+    parent = open_parent(str(folder))
+    rebuilt, reader = build_model(load_config(parent)).eval(), WeightReader(parent)
+    rebuilt.load_state_dict({name: reader.read(name) for name in rebuilt.state_dict()})
+    torch.testing.assert_close(rebuilt(tokens).logits, model(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_form_that_is_not_known_is_named(member_of_pifa):
+    folder, _ = member_of_pifa("llama")
+    config = json.loads((folder / "config.json").read_text())
+    for form, said in (("of_next_year", "no form 'of_next_year' is known here"), (3, "needs .*form")):
+        (folder / "config.json").write_text(json.dumps(config | {"plrd": config["plrd"] | {"form": form}}))
+        with pytest.raises(ValueError, match=said):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+def alone(folder: Path, tokens: torch.Tensor, tmp_path: Path) -> list[torch.Tensor]:
+    """The logits of a member that a process without plrd_train loads by the code in its folder, saves and loads again."""
     torch.save(tokens, tmp_path / "tokens.pt")
     command = [sys.executable, "-I", "-c", ALONE, folder, tmp_path / "again", tmp_path / "tokens.pt", tmp_path / "logits.pt"]
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "hf" / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -207,8 +255,18 @@ def test_without_plrd_train_a_member_loads_itself_or_raises(member, tokens, tmp_
     assert done.returncode == 0, done.stderr
     raised = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("RAISED")]
     assert raised == ["AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM"]
-    for logits in torch.load(tmp_path / "logits.pt", weights_only=True):
-        assert torch.equal(logits, model(tokens).logits)
+    return torch.load(tmp_path / "logits.pt", weights_only=True)
+
+
+def test_without_plrd_train_a_member_loads_itself_or_raises(member, tokens, tmp_path):
+    folder, model, _ = member("llama")
+    assert all(torch.equal(logits, model(tokens).logits) for logits in alone(folder, tokens, tmp_path))
+
+
+def test_without_plrd_train_a_member_of_pifa_does_too(member_of_pifa, tokens, tmp_path):
+    folder, _ = member_of_pifa("llama")
+    expected = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    assert all(torch.equal(logits, expected) for logits in alone(folder, tokens, tmp_path))
 
 
 def test_config_alone_says_what_the_model_is(member):
