@@ -1,6 +1,7 @@
 """`plrd factor`: members without training, against float64 algebra on plain transformers, and against the main job's own factoring."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -9,17 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_job
+from processes import run_job, started
 from safetensors.torch import load_file, save_file
 from tiny_family import write_parent
 from tiny_parents import VOCABULARY
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import plrd_train
+from plrd_train.cli import main
 from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.lowrank.budget import last_blocks
 from plrd_train.lowrank.ranks import Shape
+from plrd_train.recover.kept import KeptFactors
 
 assert plrd_train  # it registers the low-rank classes
 TEXT = ("data.seq_len=16", "data.streams=6", "recover.micro_batch=4", "evaluation.tokens=500")
@@ -248,36 +251,35 @@ def test_a_folder_that_is_no_family_is_left_alone(plrd, tiny, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-COUNTED = """
-import os, sys
-from plrd_train.cli import main
-from plrd_train.recover.kept import KeptFactors
-put, puts = KeptFactors.put, 0
-def counted(*given):
-    global puts
-    if puts == int(sys.argv[1]):
-        os._exit(9)
-    puts += 1
-    put(*given)
-KeptFactors.put = counted
-status = main(sys.argv[2:])
-print(puts)
-sys.exit(status)
-"""
+def factor_counted(limit: int, arguments: list[str]) -> None:
+    """The command in this process, which ends as if killed in place of one more than `limit` factors that it keeps; it prints how many those were."""
+    put, puts = KeptFactors.put, 0
+
+    def counted(*given) -> None:
+        nonlocal puts
+        if puts == limit:
+            os._exit(9)
+        puts += 1
+        put(*given)
+
+    KeptFactors.put = counted  # type: ignore[method-assign]
+    status = main(arguments)
+    print(puts)
+    sys.exit(status)
 
 
-def test_a_member_in_order_goes_on_from_its_finished_blocks(plrd_json, tiny, tmp_path):
+def test_a_member_in_order_goes_on_from_its_finished_blocks(tiny, tmp_path):
     """Killed in the second of two blocks, of seven Linears each."""
 
-    def factor(limit: int) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-c", COUNTED, str(limit), *map(str, arguments)], capture_output=True, text=True)
-        return done.returncode, done.stdout.splitlines()[-1] if done.stdout else ""
+    def factor(name: str, limit: int) -> tuple[int, str]:
+        arguments = ["factor", tiny / "parent", tmp_path / name, "--method", "rom", "--ratio", "1.6", *looking(tiny)]
+        with started(1, factor_counted, limit, list(map(str, arguments))) as job:
+            (status,) = job.statuses(60)
+            return status, job.out.splitlines()[-1] if job.out else ""
 
-    options = ["--method", "rom", "--ratio", "1.6", *looking(tiny)]
-    plrd_json("factor", tiny / "parent", tmp_path / "undisturbed", *options)
-    arguments = ["factor", tiny / "parent", tmp_path / "out", *options]
-    assert factor(10)[0] == 9 and len(list((tmp_path / "out" / "factors").glob("*.safetensors"))) == 10
-    assert factor(100) == (0, "7")
+    assert factor("undisturbed", 100) == (0, "14")
+    assert factor("out", 10)[0] == 9 and len(list((tmp_path / "out" / "factors").glob("*.safetensors"))) == 10
+    assert factor("out", 100) == (0, "7")
     one, other = (load_file(tmp_path / name / "members" / "1.6x" / "model.plrd.safetensors") for name in ("undisturbed", "out"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in (tmp_path / "undisturbed").iterdir()}

@@ -102,7 +102,7 @@ def hang(world, victim: int) -> None:
     world.share(world.rank)
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_named_and_so_is_the_collective_that_waits_for_it(victim):
     with started(3, on_each, 0.2, hang, victim) as job:
         assert job.statuses(WITHIN_S) == [1, 1, 1]
@@ -159,8 +159,15 @@ def fail(world, how: str, ranks: tuple[int, ...]) -> None:
     world.share(world.rank)
 
 
-@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("how", ["defect", "mistake"])
+@pytest.mark.parametrize(
+    ("how", "ranks"),
+    [
+        *(("defect", ranks) for ranks in ((0,), (1,), (0, 1, 2))),
+        ("mistake", (1,)),
+        *(pytest.param("mistake", ranks, marks=pytest.mark.slow) for ranks in ((0,), (0, 1, 2))),
+    ],
+    ids=str,
+)
 def test_the_rank_that_fails_first_says_why_and_no_other(how, ranks):
     with started(3, on_each, None, fail, how, ranks) as job:
         assert set(job.statuses(WITHIN_S)) == {1 if how == "defect" else 2}

@@ -112,7 +112,7 @@ def test_a_holder_on_another_host_that_lives_is_seen_by_its_touch(tmp_path):
     assert content(tmp_path)["token"] == "theirs" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("text", [None, "", '{"host": "node-b", "pi'], ids=["whole", "empty", "cut short"])
+@pytest.mark.parametrize("text", [None, pytest.param("", marks=pytest.mark.slow), '{"host": "node-b", "pi'], ids=["whole", "empty", "cut short"])
 def test_a_holder_on_another_host_that_lost_its_power_is_replaced(tmp_path, text, capsys):
     write_lock(tmp_path)
     if text is not None:

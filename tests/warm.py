@@ -14,9 +14,14 @@ for name in (
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # what takes DeepSpeed longest: it imports torch's compiler
     "setuptools",  # which it looks for libaio with
+    "pytest",  # the modules that ranks find their functions in import it
 ):
     importlib.import_module(name)
 importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions
+# Hydra looks for its plugins once in a process, and its parser learns the grammar as it reads.
+importlib.import_module("plrd_train.sweep").points(
+    ["experiment=tinystories", "parent.path=p", "data.train=t", "data.validation=v", "run_dir=r", "stages.ratios=[1.25,1.6]", "recover.lr=4e-3"]
+)
 # All this stays: no collection needs to look at it again, nor copies its pages into each rank by that.
 gc.collect()
 gc.freeze()

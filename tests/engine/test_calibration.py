@@ -88,8 +88,16 @@ LLAMA = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_at
 NEOX = [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
 
 
-@ENGINES
-@pytest.mark.parametrize(("size", "architectures"), [(1, ["llama"]), (2, ["mistral", "gemma", "gpt_neox"]), (3, ["qwen2"])])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# Each architecture and number of ranks once, on one of the engines; on the other with `-m slow`.
+PARENTS = [("fsdp", 2, ["mistral", "gemma"]), ("zero3", 3, ["qwen2", "gpt_neox"]), ("zero3", 1, ["llama"])]
+PARENTS += [slow("zero3", 2, ["mistral", "gemma"]), slow("fsdp", 3, ["qwen2", "gpt_neox"]), slow("fsdp", 1, ["llama"])]
+
+
+@pytest.mark.parametrize(("engine", "size", "architectures"), PARENTS)
 def test_statistics_are_those_of_the_plain_model(save_parent, engine, size, architectures):
     parents = [save_parent(architecture) for architecture in architectures]
     results = run_ranks(size, of_parents, engine, [folder for folder, _ in parents])

@@ -132,7 +132,7 @@ def test_the_closed_form_is_that_of_reduced_rank_regression(save_parent, engine,
     assert all(result[0][2] == errors for result in results)
 
 
-@pytest.mark.parametrize(("engine", "other"), [("fsdp", "zero3"), ("zero3", "fsdp")])
+@pytest.mark.parametrize(("engine", "other"), [("fsdp", "zero3"), pytest.param("zero3", "fsdp", marks=pytest.mark.slow)])
 def test_training_brings_the_blocks_nearer_alike_on_one_rank_and_two(save_parent, engine, other):
     folder, model = save_parent("llama")
     alone = run_ranks(1, of_stages, engine, folder, [CLOSED, TRAINED], in_turn, 1, ("k_proj",))[0]
@@ -179,9 +179,9 @@ def test_settings_that_mean_nothing_are_refused(setting, value):
         dataclasses.replace(TRAINED, **{setting: value})
 
 
-def on_a_real_parent(world, assets, method, ratio):
+def on_a_real_parent(world, assets, name, method, ratio):
     """The perplexity of the parent, and of what `method` makes of it with ranks by energy."""
-    folder, corpus = assets / "parents" / "stories3m", str(assets / "data" / "tinystories")
+    folder, corpus = assets / "parents" / name, str(assets / "data" / "tinystories")
     engine, tokenizer = opened(world, "fsdp", folder), load_tokenizer(open_parent(str(folder)), False)
     documents = evaluation_documents(resolve_corpus(corpus, "validation", None), tokenizer, 256, 10_000, False)
     text = calibration_batches(
@@ -206,7 +206,10 @@ def on_a_real_parent(world, assets, method, ratio):
     return whole, perplexity(engine, documents, 16).ppl
 
 
-def test_on_a_real_parent_and_little_text(assets):
-    """On eight times as much the multiple is 5.4; by whitening with uniform ranks and sixteen times as much 19.4 (docs/log.md)."""
-    whole, refined = run_ranks(2, on_a_real_parent, assets, dataclasses.replace(TRAINED, epochs=2, batch_tokens=1024, rate=0.1), 2.25)[0]
-    assert refined < 0.7 * 20.2 * whole, refined / whole
+@pytest.mark.parametrize(("name", "bound"), [("stories260k", 0.3 * 41.6), pytest.param("stories3m", 0.7 * 20.2, marks=pytest.mark.slow)])
+def test_on_a_real_parent_and_little_text(assets, name, bound):
+    """Well below the multiple of the perplexity by whitening on more text: 41.6 and 20.2. Refined it is 10.1 and 12.1; for stories3m 5.4 on eight
+    times as much (docs/log.md)."""
+    method = dataclasses.replace(TRAINED, epochs=2, batch_tokens=1024, rate=0.1)
+    whole, refined = run_ranks(2, on_a_real_parent, assets, name, method, 2.25)[0]
+    assert refined < bound * whole, refined / whole

@@ -107,7 +107,7 @@ def check_greedy(folder: Path, model: PreTrainedModel, prompt: list[int], ends: 
     assert (completion.text, completion.tokens) == (text, len(expected))
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "all of them"])
+@pytest.mark.parametrize("name", ["all of them", *(pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS)])  # the others say which
 def test_a_models_own_settings_of_generation_do_not_count(name, lively):
     folder, model = lively("llama")
     whole = greedy(model, [5, 6, 7], 20)

@@ -163,7 +163,7 @@ SHORT = ("data.seq_len=16", "factorizer.calibration_tokens=256")
     [
         {"_attn_implementation": "flash_attention_2"},
         {"attn_implementation": "flex_attention"},
-        {"return_dict": False},
+        pytest.param({"return_dict": False}, marks=pytest.mark.slow),  # also the last of these
         {"output_hidden_states": True, "output_attentions": True},
         {"use_cache": False, "return_dict": False},
     ],

@@ -42,7 +42,7 @@ def in_training(ranks: int, arguments: list[str], run_dir: Path, prepare: Callab
         yield job
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_in_training(command, tmp_path, victim):
     run_dir = tmp_path / "run"
     with in_training(3, command(run_dir, *LONG), run_dir) as job:
@@ -68,7 +68,7 @@ def test_a_rank_that_stands_still_in_training_ends_the_others(command, tmp_path)
         assert job.err.count("\n") == 1 and f"error: rank 1 ({HOST}, pid {job.pids[1]}) gave no sign of life for " in job.err, job.err
 
 
-@pytest.mark.parametrize(("engine", "broken"), [("fsdp", (1,)), ("fsdp", (0, 1, 2)), ("zero3", (1,))], ids=str)
+@pytest.mark.parametrize(("engine", "broken"), [pytest.param("fsdp", (1,), marks=pytest.mark.slow), ("fsdp", (0, 1, 2)), ("zero3", (1,))], ids=str)
 def test_a_defect_is_told_once(command, tmp_path, engine, broken):
     run_dir = tmp_path / "run"
     fault = "plrd_train.recover.loop:Trainer._step", 3, broken, "an oversight"

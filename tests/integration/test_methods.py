@@ -55,7 +55,7 @@ def test_a_run_that_was_killed_while_it_factored_goes_on_with_what_it_had_kept(c
     assert not (tmp_path / "killed" / "factors").exists()
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("refined", "energy"), ("rom", "sensitivity"), ("svd", "sensitivity")])
+@pytest.mark.parametrize(("method", "ranks"), [("refined", "energy"), pytest.param("rom", "sensitivity", marks=SLOW), ("svd", "sensitivity")])
 def test_ranks_by_spectra_serve_every_method(command, tmp_path, method, ranks):
     texts = {"factorizer.calibration_tokens": 700} if method != "svd" else {}
     texts |= {"ranks.tokens": 500} if ranks == "sensitivity" else {}

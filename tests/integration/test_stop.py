@@ -9,7 +9,7 @@ from test_restart import SHORT, STEPS, records, same_members
 
 LOG, STEP, EVALUATE = "plrd_train.tracking.tracker:Tracker.log", "plrd_train.recover.loop:Trainer._step", "plrd_train.run:Run.evaluate"
 BRANCH = "recover.branch=0.67"  # four steps of the six
-BF16 = pytest.param("zero3", ["engine.dtype=bf16"], marks=pytest.mark.slow)
+SLOW = [pytest.param(engine, overrides, marks=pytest.mark.slow) for engine, overrides in (("zero3", ["engine.dtype=bf16"]), ("fsdp", []))]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def steps_done(run_dir) -> int:
     return len((run_dir / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize(("engine", "overrides"), [("fsdp", []), ("fsdp", [BRANCH]), ("zero3", []), BF16], ids=str)
+@pytest.mark.parametrize(("engine", "overrides"), [("fsdp", [BRANCH]), ("zero3", []), *SLOW], ids=str)
 def test_by_the_file_in_run_dir(command, undisturbed, tmp_path, engine, overrides):
     run_dir, overrides = tmp_path / "run", [f"engine={engine}", *overrides]
     arguments = command(run_dir, SHORT, "engine.dtype=fp32", *overrides)
@@ -60,12 +60,14 @@ def test_by_the_file_in_run_dir(command, undisturbed, tmp_path, engine, override
     assert same_members(run_dir, expected) and records(run_dir) == records(expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name)
-def test_by_a_signal_to_any_rank(command, undisturbed, tmp_path, number):
-    run_dir = tmp_path / "run"
-    stopped(2, command(run_dir, SHORT), signal_before, STEP, STEPS // 2, number, 1)
-    done = steps_done(run_dir)
-    assert STEPS // 2 + 1 <= done < STEPS
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGINT), (signal.SIGUSR1, signal.SIGHUP)], ids=lambda number: number.name)
+def test_by_a_signal_to_any_rank(command, undisturbed, tmp_path, first, second):
+    """In the middle of the first stage, and again in that of the second."""
+    run_dir, done = tmp_path / "run", 0
+    for stage, number in enumerate((first, second)):
+        stopped(2, command(run_dir, SHORT), signal_before, STEP, stage * STEPS + STEPS // 2 - done, number, 1)
+        done = steps_done(run_dir)
+        assert stage * STEPS + STEPS // 2 + 1 <= done < (stage + 1) * STEPS
     goes_on(2, command(run_dir, SHORT), 2 * STEPS - done)
     assert same_members(run_dir, undisturbed(2)) and records(run_dir) == records(undisturbed(2))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from plain import perplexity
-from processes import run_job
+from processes import draw, run_job
 from safetensors.torch import load_file
 from tracking.wandb_log import history, runs
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import plrd_train  # noqa: F401, members load after it
 
 RATIOS = [1.25, 1.5, 1.85, 2.25]
-TOKENS, BATCH, SEQ_LEN, EVALUATED = 8192, 1024, 128, 5000
+TOKENS, BATCH, SEQ_LEN, EVALUATED = 8192, 1024, 128, 3000
 MEMBER_KEYS = {"name", "ratio_requested", "ratio", "params", "linear_params", "ranks", "tokens_stage", "tokens_total", "tokens_lineage"}
 MEMBER_KEYS |= {"eval_factored", "eval", "path", "made_from", "engine", "world_size", "seconds"}
 STEP_METRICS = {"train/loss", "train/lr", "train/grad_norm", "tokens/stage", "tokens/total", "tokens/budget", "stage/index", "stage/ratio"}
@@ -55,6 +55,7 @@ def made(parent, corpus, tmp_path_factory) -> tuple[Path, str]:
             f"evaluation.tokens={EVALUATED}",
             "tracking.wandb.mode=offline",
         ],
+        draw,
     )
     assert (ended.status, ended.err) == (0, ""), ended.out + ended.err
     return run_dir, ended.out

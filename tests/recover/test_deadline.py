@@ -47,7 +47,7 @@ def hang_in_step(rank: int, step: int) -> None:
     Loader.next = hanging
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_step_that_hangs_ends_the_run_and_names_the_rank_and_the_collective(command, tmp_path, engine):
     ended = run_job(2, command(tmp_path / "run", f"engine={engine}", "checkpoint.tokens=640"), hang_in_step, 8)
     assert ended.status == 1

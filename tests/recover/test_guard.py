@@ -111,7 +111,7 @@ def job(command) -> Callable[..., Ended]:
     return run
 
 
-@pytest.mark.parametrize(("engine", "killed_at"), [("fsdp", 24), ("zero3", 29)])
+@pytest.mark.parametrize(("engine", "killed_at"), [("fsdp", 24), pytest.param("zero3", 29, marks=pytest.mark.slow)])
 def test_bad_steps_are_left_out_and_a_restart_judges_alike(job, tmp_path, engine, killed_at):
     ended = job(tmp_path / "run", engine, BAD)
     assert (ended.status, ended.err) == (0, "")
