@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from plrd_train.hub.reach import check_in_order, shapes_of
 from plrd_train.hub.weights import WeightReader, parent_dtype
 from plrd_train.lowrank import forms
 from plrd_train.lowrank.budget import last_blocks
-from plrd_train.lowrank.compressor import AllocationError, Needs, Ranks, Source
+from plrd_train.lowrank.compressor import Allocated, AllocationError, Needs, Ranks, Source
 from plrd_train.lowrank.distributed import Decomposed, DecompositionError, changes
 from plrd_train.lowrank.walk import Alone, blocks_of
 from plrd_train.recover.kept import KeptFactors
@@ -87,8 +86,11 @@ class OneShot:
             source = self._source(self._compressor.needs(by_ratio))
             allocated = self._compressor.allocate(source, self.shapes, list(wanted.values()))
             members = dict(zip(wanted, allocated.ranks, strict=True))
-            made = self._compressor.factors(source, self.shapes, allocated)
-            yield from self._one_by_one(members, made) if self._compressor.needs().in_order else self._together(members, made)
+            if self._compressor.needs().in_order:
+                del allocated  # its spectra take memory
+                yield from self._one_by_one(members, source)
+            else:
+                yield from self._together(members, self._compressor.factors(source, self.shapes, allocated))
         except AllocationError as error:
             raise UserError(str(error)) from None
         except DecompositionError as error:
@@ -107,13 +109,11 @@ class OneShot:
             for writer, ranks in zip(writers, members.values(), strict=True):
                 yield self._complete(writer, ranks)
 
-    def _one_by_one(self, members: Mapping[Path, Ranks], made: Iterator[tuple[int, Decomposed]]) -> Iterator[tuple[MemberWriter, Ranks]]:
+    def _one_by_one(self, members: Mapping[Path, Ranks], source: Source) -> Iterator[tuple[MemberWriter, Ranks]]:
         """By a method that takes the Linears in order: one member is complete before the next one begins."""
-        of = list(members.items())
-        for i, group in groupby(made, key=lambda one: one[0]):
-            folder, ranks = of[i]
+        for folder, ranks in members.items():
             with closing(self._writer(folder, ranks)) as writer, console.progress(f"factor {folder.name}", len(ranks), "weights") as bar:
-                for _, one in group:
+                for _, one in self._compressor.factors(source, self.shapes, Allocated([ranks])):
                     self._write(writer, one.name, one.up, one.down)
                     bar.update(1, error=one.rel_error)
                 yield self._complete(writer, ranks)
