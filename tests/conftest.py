@@ -18,6 +18,7 @@ from plrd_train.tracking import console
 for number in (signal.SIGINT, signal.SIGHUP):  # which a shell lets its background jobs ignore, and nohup too: they are sent to runs here
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+torch.set_num_threads(1)  # tests run in two processes: more threads than cores wait for one another in every product, for ten times as long
 ROOT = Path(__file__).resolve().parents[1]
 SaveParent = Callable[..., tuple[Path, PreTrainedModel]]
 
