@@ -1,6 +1,7 @@
 """Side by side, in one run: ours against what one would use otherwise. One file a question; each has `rows()`.
 
-`make bench` runs them all, prints a table and writes results.json; `python -m benchmarks factorize` runs one. What loses stays in the table.
+`make bench` runs them all, prints a table and writes results.json; `python -m benchmarks factorize` runs one. What
+loses stays in the table.
 """
 
 import time

@@ -1,5 +1,5 @@
-"""What saving costs the step loop: steps with a checkpoint of the stage under way every 20 of them, against steps with none. A parent of 3M
-parameters, random weights, one rank."""
+"""What saving costs the step loop: steps with a checkpoint of the stage under way every 20 of them, against steps with
+none. A parent of 3M parameters, random weights, one rank."""
 
 import tempfile
 import time
@@ -11,24 +11,31 @@ from torch import nn
 from transformers import LlamaConfig
 
 from benchmarks import Row
-from plrd_train.config import Checkpoint, Recover
+from plrd_train.config.schema import Checkpoint, Recover
 from plrd_train.data.loader import Batch
 from plrd_train.engine.fsdp import Options, open_engine
-from plrd_train.hub.models import HubArchitecture
-from plrd_train.place import Place
+from plrd_train.parents.models import HubArchitecture
 from plrd_train.recover.checkpoint import Checkpoints
-from plrd_train.recover.exchange import Exchange
 from plrd_train.recover.guard import Guard, Judged
 from plrd_train.recover.loop import Trainer
 from plrd_train.recover.objectives.ce import Objective
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters, Progress, UnderWay
+from plrd_train.runtime.exchange import Exchange
+from plrd_train.runtime.place import Place
+from plrd_train.runtime.stop import StopRequest
+from plrd_train.runtime.world import World
 from plrd_train.scratch import RandomWeights
-from plrd_train.stopping import StopRequest
-from plrd_train.world import World
 
-CONFIG = LlamaConfig(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6, num_key_value_heads=6)
+CONFIG = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=5,
+    num_attention_heads=6,
+    num_key_value_heads=6,
+)
 SEQ_LEN, SEQUENCES = 256, 4
 EVERY, STEPS, ROUNDS = 20, 60, 3
 
@@ -62,12 +69,21 @@ def _row(world: World) -> Row:
             for every in taken:
                 taken[every].append(_seconds(engine, every, Path(folder)))
     ours, other = min(taken[EVERY]), min(taken[None])
-    parameters = sum(parameter.numel() for parameter in engine.model.parameters() if isinstance(parameter, nn.Parameter))
-    return Row(f"a step, with a checkpoint every {EVERY}", ours, other, "s", f"{parameters / 1e6:.1f}M parameters, {SEQUENCES * SEQ_LEN} tokens")
+    parameters = sum(
+        parameter.numel() for parameter in engine.model.parameters() if isinstance(parameter, nn.Parameter)
+    )
+    return Row(
+        f"a step, with a checkpoint every {EVERY}",
+        ours,
+        other,
+        "s",
+        f"{parameters / 1e6:.1f}M parameters, {SEQUENCES * SEQ_LEN} tokens",
+    )
 
 
 def _seconds(engine, every: int | None, folder: Path) -> float:
-    """Seconds a step, from the end of the first to that of the last; what is still being written then goes on, as it does in a run."""
+    """Seconds a step, from the end of the first to that of the last; what is still being written then goes on, as it
+    does in a run."""
     settings = Recover(
         lr=1e-4,
         schedule="constant",
@@ -84,7 +100,11 @@ def _seconds(engine, every: int | None, folder: Path) -> float:
         micro_batch=SEQUENCES,
     )
     ends: list[float] = []
-    checkpoints, exchange, guard = Checkpoints(folder, engine, keep=2), Exchange(engine.world), Guard(settings, print, Judged())
+    checkpoints, exchange, guard = (
+        Checkpoints(folder, engine, keep=2),
+        Exchange(engine.world),
+        Guard(settings, print, Judged()),
+    )
     counters = Counters()
 
     def progress(steps: int, in_branch: bool) -> Progress:

@@ -1,5 +1,5 @@
-"""Tokens a second on one core: the loader against what training a parent of 3M parameters takes, and against `datasets` streaming with tokenization.
-It needs the test assets (PLRD_ASSETS)."""
+"""Tokens a second on one core: the loader against what training a parent of 3M parameters takes, and against `datasets`
+streaming with tokenization. It needs the test assets (PLRD_ASSETS)."""
 
 import itertools
 import os
@@ -33,8 +33,12 @@ def rows() -> Iterator[Row]:
     tokenizer, corpus = AutoTokenizer.from_pretrained(PARENT), resolve_corpus(str(CORPUS), "train")
     ours = _loader(corpus, tokenizer)
     shape = f"sequences of {SEQ_LEN}"
-    yield Row("loader, and training 3M parameters", ours, _training(corpus, tokenizer), "token/s", shape, more_is_better=True)
-    yield Row("loader, and datasets with map", ours, _datasets(corpus, tokenizer), "token/s", shape, more_is_better=True)
+    yield Row(
+        "loader, and training 3M parameters", ours, _training(corpus, tokenizer), "token/s", shape, more_is_better=True
+    )
+    yield Row(
+        "loader, and datasets with map", ours, _datasets(corpus, tokenizer), "token/s", shape, more_is_better=True
+    )
     torch.set_num_threads(threads)
 
 
@@ -69,8 +73,14 @@ def _datasets(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> float:
     from datasets import load_dataset
 
     start, tokens = time.perf_counter(), 0
-    stream = load_dataset("json", data_files=list(corpus.shards), split="train", streaming=True).shuffle(seed=0, buffer_size=10_000)
-    ids = stream.map(lambda batch: tokenizer(batch["text"], return_attention_mask=False), batched=True, remove_columns=stream.column_names)
+    stream = load_dataset("json", data_files=list(corpus.shards), split="train", streaming=True).shuffle(
+        seed=0, buffer_size=10_000
+    )
+    ids = stream.map(
+        lambda batch: tokenizer(batch["text"], return_attention_mask=False),
+        batched=True,
+        remove_columns=stream.column_names,
+    )
     for document in itertools.chain.from_iterable(itertools.repeat(ids)):
         tokens += len(document["input_ids"])
         if tokens >= SEQUENCES * SEQ_LEN:

@@ -15,7 +15,13 @@ ASSETS = Path(os.environ.get("PLRD_ASSETS", "../shared"))
 PARENT, CORPUS = ASSETS / "parents" / "stories3m", ASSETS / "data" / "tinystories"
 FORMS = ("lowrank", "pifa")
 RATIOS = (1.25, 1.5, 1.85, 2.25)
-SETTINGS = ("data.seq_len=256", "data.streams=8", "data.append_eos=false", "evaluation.tokens=50000", "evaluation.batch=16")
+SETTINGS = (
+    "data.seq_len=256",
+    "data.streams=8",
+    "data.append_eos=false",
+    "evaluation.tokens=50000",
+    "evaluation.batch=16",
+)
 CHOICES = (
     *(("svd", ranks) for ranks in ("uniform", "energy", "sensitivity")),
     ("asvd", "uniform"),
@@ -35,7 +41,13 @@ def rows() -> Iterator[Row]:
         for method, ranks in CHOICES:
             for ratio, multiple in _multiples(form, method, ranks).items():
                 plain.setdefault(ratio, multiple)  # the first of the choices
-                yield Row(f"perplexity over the parent's: {form}, {method}, {ranks}", multiple, plain[ratio], "x", f"stories3m at {ratio:g}x")
+                yield Row(
+                    f"perplexity over the parent's: {form}, {method}, {ranks}",
+                    multiple,
+                    plain[ratio],
+                    "x",
+                    f"stories3m at {ratio:g}x",
+                )
 
 
 def _multiples(form: str, method: str, ranks: str) -> dict[float, float]:
@@ -43,7 +55,9 @@ def _multiples(form: str, method: str, ranks: str) -> dict[float, float]:
         ratios = ",".join(map(str, RATIOS))
         chosen = ["--form", form, "--method", method, "--ranks", ranks, "--ratio", ratios]
         options = [*chosen, "--calibration", CORPUS, "--data", CORPUS, *SETTINGS, "--json"]
-        command = [sys.executable, "-m", "plrd_train.cli", "factor", PARENT, f"{folder}/family", *options]
-        family = json.loads(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout)
+        command = [sys.executable, "-m", "plrd_train.commands.cli", "factor", PARENT, f"{folder}/family", *options]
+        family = json.loads(
+            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout
+        )
     base = family["parent"]["eval"]["ppl"]
     return {member["ratio_requested"]: member["eval"]["ppl"] / base for member in family["members"]}

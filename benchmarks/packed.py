@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import Row
+from plrd_train.compress.algebra.truncate import Spectral
+from plrd_train.compress.calibration import collect
+from plrd_train.compress.forms import pifa
+from plrd_train.compress.linear import LowRankLinear
+from plrd_train.compress.methods.whitened import Factorizer
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.surgery import eligible_linears, replace_linears
 from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.loader import Loader
-from plrd_train.evaluation.perplexity import perplexity
-from plrd_train.evaluation.published import Published, find_published, open_published
-from plrd_train.lowrank.calibration import collect
-from plrd_train.lowrank.factorizers.whitened import Factorizer
-from plrd_train.lowrank.forms import pifa
-from plrd_train.lowrank.linear import LowRankLinear
-from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.surgery import eligible_linears, replace_linears
-from plrd_train.lowrank.truncate import Spectral
+from plrd_train.evaluate.perplexity import perplexity
+from plrd_train.evaluate.published import Published, find_published, open_published
 
 ASSETS = Path(os.environ.get("PLRD_ASSETS", "../shared"))
 PARENT, CORPUS = ASSETS / "parents" / "stories260k", ASSETS / "data" / "tinystories"

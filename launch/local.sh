@@ -3,4 +3,4 @@
 set -eu
 . "$(dirname "$0")/node.sh"
 use_cores "$ranks"
-exec "$python" -m plrd_train.torchrun --standalone --nproc_per_node "$ranks" -m plrd_train "$@"
+exec "$python" -m plrd_train.runtime.torchrun --standalone --nproc_per_node "$ranks" -m plrd_train "$@"

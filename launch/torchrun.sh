@@ -5,5 +5,5 @@
 set -eu
 . "$(dirname "$0")/node.sh"
 use_cores "$ranks"
-exec "$python" -m plrd_train.torchrun --nnodes "${NNODES:?how many machines}" --nproc_per_node "$ranks" \
+exec "$python" -m plrd_train.runtime.torchrun --nnodes "${NNODES:?how many machines}" --nproc_per_node "$ranks" \
     --rdzv_backend c10d --rdzv_endpoint "${RDZV:?host or host:port of one of the machines}" -m plrd_train "$@"

@@ -1,4 +1,5 @@
-"""The main job: `torchrun --nproc_per_node N -m plrd_train experiment=NAME key=value …`. The same command continues a run that was stopped."""
+"""The main job: `torchrun --nproc_per_node N -m plrd_train experiment=NAME key=value …`. The same command continues a
+run that was stopped."""
 
 import errno
 import os
@@ -8,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plrd_train import sweep
+from plrd_train.config import sweep
 from plrd_train.errors import UserError
-from plrd_train.heartbeat import say
-from plrd_train.heartbeat.link import my_name
-from plrd_train.lock import locked
 from plrd_train.pipeline import make_family
-from plrd_train.place import Place
 from plrd_train.run import Run
-from plrd_train.stopping import STATUS, Stopped, StopRequest
+from plrd_train.runtime.heartbeat import say
+from plrd_train.runtime.heartbeat.link import my_name
+from plrd_train.runtime.lock import locked
+from plrd_train.runtime.place import Place
+from plrd_train.runtime.stop import STATUS, Stopped, StopRequest
+from plrd_train.runtime.world import SharedError, World
 from plrd_train.tracking import console
-from plrd_train.world import SharedError, World
 
 # What the system answers where it lets nobody write (or read): no room, no permission, a file where a folder should be,
 # a disk that fails.
@@ -33,7 +34,8 @@ _REFUSALS = {
 def main(arguments: Sequence[str]) -> None:
     """Make the families that the Hydra overrides `arguments` describe.
 
-    Ends the process with one status on all ranks: 2 after a user's mistake and 75 after a request to stop, with one line, and 1 after anything else.
+    Ends the process with one status on all ranks: 2 after a user's mistake and 75 after a request to stop, with one
+    line, and 1 after anything else.
     """
     if sweep.is_for_jobs(arguments):
         sys.exit(sweep.submit(arguments))
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str]) -> None:
                 if error.errno not in _REFUSALS:
                     raise
                 place = error.filename or source["run_dir"]
-                raise UserError(f"{place}: {error.strerror}; mend that, and the same command goes on from where it was stopped") from None
+                raise UserError(
+                    f"{place}: {error.strerror}; mend that, and the same command goes on from where it was stopped"
+                ) from None
     except SharedError as error:
         if world.is_main:
             say(str(error))

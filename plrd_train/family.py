@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from plrd_train.errors import UserError
-from plrd_train.files import write_atomically
+from plrd_train.runtime.files import write_atomically
 
 
 class Family:
-    """One parent and its members, as family.json in `folder` lists them (the keys are the contract of docs/concepts.md). Written by rank 0 alone."""
+    """One parent and its members, as family.json in `folder` lists them (the keys are the contract of
+    docs/concepts.md). Written by rank 0 alone."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -19,7 +20,8 @@ class Family:
 
     @classmethod
     def read(cls, folder: Path, must_exist: bool = True) -> "Family":
-        """The family in `folder`, empty where there is none yet. Raises UserError where family.json is missing (if it must exist) or damaged."""
+        """The family in `folder`, empty where there is none yet. Raises UserError where family.json is missing (if it
+        must exist) or damaged."""
         family, path = cls(folder), folder / "family.json"
         if not path.exists():
             if must_exist:
@@ -29,7 +31,9 @@ class Family:
             content = json.loads(path.read_text())
             _check(content, folder)
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a family.json ({type(error).__name__}: {error}); restore it, or use another run_dir") from None
+            raise UserError(
+                f"{path}: not a family.json ({type(error).__name__}: {error}); restore it, or use another run_dir"
+            ) from None
         family.parent, family.members = content["parent"], content["members"]
         return family
 
@@ -40,7 +44,10 @@ class Family:
         return self.folder / "members" / name
 
     def write(self) -> None:
-        write_atomically(self.folder / "family.json", json.dumps({"parent": self.parent, "members": self.members}, indent=2, allow_nan=False) + "\n")
+        write_atomically(
+            self.folder / "family.json",
+            json.dumps({"parent": self.parent, "members": self.members}, indent=2, allow_nan=False) + "\n",
+        )
 
 
 def _is_count(value: Any) -> bool:
@@ -63,7 +70,10 @@ def _is_ranks(value: Any) -> bool:
 
 # Of the keys that are read. What a key holds, and a word for it.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("params", "linear_params", "tokens_stage", "tokens_total", "tokens_lineage"), (_is_count, "a number of at least 0")),
+    **dict.fromkeys(
+        ("params", "linear_params", "tokens_stage", "tokens_total", "tokens_lineage"),
+        (_is_count, "a number of at least 0"),
+    ),
     **dict.fromkeys(("ratio", "ratio_requested"), (_is_ratio, "a number")),
     **dict.fromkeys(("eval", "eval_factored"), (_is_evaluation, 'of the form {"ppl": a positive number}')),
     "ranks": (_is_ranks, "of the form {name: rank}"),
@@ -74,8 +84,13 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _check(content: Any, folder: Path) -> None:
-    """Raise ValueError where `content` is not that of the family.json in `folder`, or names a member that does not lie there."""
-    if not isinstance(content, dict) or not isinstance(content.get("parent"), dict) or not isinstance(content.get("members"), list):
+    """Raise ValueError where `content` is not that of the family.json in `folder`, or names a member that does not lie
+    there."""
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("parent"), dict)
+        or not isinstance(content.get("members"), list)
+    ):
         raise ValueError('it needs "parent": {…} and "members": […]')
     entries = {"parent": content["parent"], **{f"members[{i}]": member for i, member in enumerate(content["members"])}}
     for place, entry in entries.items():

@@ -1,15 +1,16 @@
 """Progressive Low-Rank Decomposition (arXiv 2406.19995): one parent becomes a family.
 
-For each stage: compress -> recover -> evaluate -> publish. The trunk is the model that goes on from stage to stage; what a stage publishes of it is a
-member. The first stage factors the parent's dense Linears; each later one lowers the rank of the fine-tuned factors A·B by the best lower-rank pair
-of their product, so that a Linear always stays two factors and the depth never grows.
+For each stage: compress -> recover -> evaluate -> publish. The trunk is the model that goes on from stage to stage;
+what a stage publishes of it is a member. The first stage factors the parent's dense Linears; each later one lowers the
+rank of the fine-tuned factors A·B by the best lower-rank pair of their product, so that a Linear always stays two
+factors and the depth never grows.
 """
 
 import time
 
+from plrd_train.compress.ranks import ratio_of
 from plrd_train.compression import factor
 from plrd_train.family import Family
-from plrd_train.lowrank.ranks import ratio_of
 from plrd_train.recover.progress import Progress, UnderWay
 from plrd_train.run import Run, Stage
 
@@ -68,7 +69,8 @@ def compress(run: Run, stage: Stage, progress: Progress) -> UnderWay:
         "name": stage.name,
         "ratio_requested": stage.ratio,
         "ratio": ratio_of(shapes, wanted),
-        "params": run.engine.params() - sum(shape.pair_params(wanted.get(name)) - shape.params(wanted.get(name)) for name, shape in shapes.items()),
+        "params": run.engine.params()
+        - sum(shape.pair_params(wanted.get(name)) - shape.params(wanted.get(name)) for name, shape in shapes.items()),
         "linear_params": sum(shape.params(wanted.get(name)) for name, shape in shapes.items()),
         "form": run.config.form.name,
         "ranks": wanted,

@@ -10,44 +10,44 @@ from typing import Any
 
 from torch import Tensor
 
-from plrd_train import resolved
-from plrd_train.config import from_mapping
+from plrd_train.compress import forms
+from plrd_train.compress.compressor import AllocationError, Source
+from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.packing import packed
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import Decomposed, DecompositionError
+from plrd_train.config import resolved
+from plrd_train.config.schema import from_mapping
 from plrd_train.data.corpus import overlap, resolve_corpus
 from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.embedded import write_corpus
 from plrd_train.data.loader import merge_positions
 from plrd_train.engine import Engine, open_engine, rounded
-from plrd_train.evaluation.perplexity import perplexity
+from plrd_train.evaluate.perplexity import perplexity
 from plrd_train.family import Family
-from plrd_train.hub.card import member_card
-from plrd_train.hub.members import publish
-from plrd_train.hub.modeling_plrd import model_ranks
-from plrd_train.hub.models import HubArchitecture, check_attention
-from plrd_train.hub.parents import load_config, load_tokenizer, on_this_node, open_parent
-from plrd_train.hub.reach import check_in_order, check_lengths, notes, shapes_of
-from plrd_train.hub.tokenization import compare
-from plrd_train.hub.weights import WeightReader, parent_dtype
-from plrd_train.lowrank import forms
-from plrd_train.lowrank.compressor import AllocationError, Source
-from plrd_train.lowrank.distributed import Decomposed, DecompositionError
-from plrd_train.lowrank.packing import packed
-from plrd_train.lowrank.ranks import Shape
+from plrd_train.parents.modeling_plrd import model_ranks
+from plrd_train.parents.models import HubArchitecture, check_attention
+from plrd_train.parents.parent import load_config, load_tokenizer, on_this_node, open_parent
+from plrd_train.parents.reach import check_in_order, check_lengths, notes, shapes_of
+from plrd_train.parents.tokenization import compare
+from plrd_train.parents.weights import WeightReader, parent_dtype
+from plrd_train.publish.card import member_card
+from plrd_train.publish.members import publish
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
 from plrd_train.recover.guard import Guard
-from plrd_train.recover.kept import KeptFactors
 from plrd_train.recover.loop import Recovered, optimizer_of
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.progress import Counters, Progress, UnderWay
 from plrd_train.recover.schedule import peak_rate
+from plrd_train.report.page import write_report
+from plrd_train.report.signatures import signs
+from plrd_train.runtime.stop import Stopped, StopRequest
+from plrd_train.runtime.world import SharedError, World
 from plrd_train.scratch import train_parent
-from plrd_train.stopping import Stopped, StopRequest
 from plrd_train.tracking import console
-from plrd_train.tracking.report import write_report
 from plrd_train.tracking.rows import read_rows
-from plrd_train.tracking.signatures import signs
 from plrd_train.tracking.tracker import open_tracker
 from plrd_train.training import calibration_text, open_loader, train
-from plrd_train.world import SharedError, World
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,12 @@ class Stage:
 
 
 class Run:
-    """What `plrd_train.pipeline` works on. Opening it checks everything that can be wrong with the input; methods are collectives."""
+    """What `plrd_train.pipeline` works on. Opening it checks everything that can be wrong with the input; methods are
+    collectives."""
 
     def __init__(self, source: Mapping[str, Any], world: World, request: StopRequest):
-        """Open the run of the resolved mapping `source` (the shape of conf/config.yaml), anew or where it was stopped. Raises UserError, and Stopped
-        if that is asked for by `request`."""
+        """Open the run of the resolved mapping `source` (the shape of conf/config.yaml), anew or where it was stopped.
+        Raises UserError, and Stopped if that is asked for by `request`."""
         self.world, self._request = world, request
         before = world.on_main(lambda: resolved.read(Path(source["run_dir"])))
         source = resolved.pinned(dict(source), before)
@@ -77,10 +78,15 @@ class Run:
         self.run_dir = run_dir = Path(config.run_dir)
         world.on_main(lambda: resolved.refuse_other(source, before, run_dir))
         if config.data.streams < world.size:
-            raise SharedError(f"data.streams: {config.data.streams} streams cannot feed {world.size} ranks; give at least that many")
+            raise SharedError(
+                f"data.streams: {config.data.streams} streams cannot feed {world.size} ranks; give at least that many"
+            )
         budgets = config.stages.budgets()
         self.compressor = config.compressor()
-        self.stages = [Stage(i + 1, ratio, tokens) for i, (ratio, tokens) in enumerate(zip(config.stages.ratios, budgets, strict=True))]
+        self.stages = [
+            Stage(i + 1, ratio, tokens)
+            for i, (ratio, tokens) in enumerate(zip(config.stages.ratios, budgets, strict=True))
+        ]
 
         if config.data.embedded:
             world.on_main(lambda: write_corpus(Path(config.data.train).parent))
@@ -101,7 +107,9 @@ class Run:
         world.on_all(self._check_parent)
         self._dtype = world.on_main(lambda: parent_dtype(self.parent))
         self._held_out: list[EvalDocument] = world.on_main(
-            lambda: evaluation_documents(held_out, self.tokenizer, config.evaluation.context, config.evaluation.tokens, config.data.skip_bad)
+            lambda: evaluation_documents(
+                held_out, self.tokenizer, config.evaluation.context, config.evaluation.tokens, config.data.skip_bad
+            )
         )
         pins = {"parent": self.parent.revision, "data": self._train.revision}
         world.on_main(lambda: resolved.refuse_moved(pins, before))
@@ -121,7 +129,9 @@ class Run:
     def _check_parent(self) -> None:
         """Raise UserError where this parent cannot be what the config asks for, and say what of it stays whole."""
         config, hub_config, path = self.config, self._parent_config, self.config.parent.path
-        check_lengths(hub_config, {"data.seq_len": config.data.seq_len, "evaluation.context": config.evaluation.context}, path)
+        check_lengths(
+            hub_config, {"data.seq_len": config.data.seq_len, "evaluation.context": config.evaluation.context}, path
+        )
         if self.compressor.needs().in_order:
             check_in_order(hub_config, config.factorizer.name, path)
         for note in (*self.parent.notes, *notes(hub_config, config.stages.ratios)):
@@ -130,8 +140,8 @@ class Run:
     # The trunk
 
     def resume(self) -> Progress:
-        """Put into the engine what the run goes on from: the parent; or, of a stopped run, the last trunk, or the member that it had still to
-        publish."""
+        """Put into the engine what the run goes on from: the parent; or, of a stopped run, the last trunk, or the
+        member that it had still to publish."""
         progress = self.checkpoints.latest()
         if progress is None:
             self.world.on_all(self._loader.check)
@@ -149,7 +159,10 @@ class Run:
                 self.world.on_main(self.family.write)
             return progress
         if not self.family.parent:
-            raise SharedError(f"{self.run_dir / 'family.json'}: lost, though checkpoints/ holds this run; restore it, or use another run_dir")
+            raise SharedError(
+                f"{self.run_dir / 'family.json'}: lost, though checkpoints/ holds this run; restore it, or use "
+                "another run_dir"
+            )
         published = progress.entry is None or self.family.has(progress.entry["name"])
         if progress.under_way is not None:
             architecture = self.architecture(progress.under_way.ranks)
@@ -231,14 +244,16 @@ class Run:
 
     def _read_text(self, stage: Stage, tokens: int) -> list[Tensor]:
         world = self.world
-        batches = world.on_all(lambda: calibration_text(self.config, self._train, self.tokenizer, tokens, world.rank, world.size))
+        batches = world.on_all(
+            lambda: calibration_text(self.config, self._train, self.tokenizer, tokens, world.rank, world.size)
+        )
         read = sum(world.share(sum(batch.numel() for batch in batches)))
         self._tracker.log_event("calibration", {"stage/index": stage.index, "calibration/tokens": read})
         return batches
 
     def recover(self, stage: Stage, progress: Progress, under_way: UnderWay) -> tuple[Recovered, float]:
-        """Train the trunk in the engine on the stage's budget, from where the stage stands. Returns with it the seconds of training, of earlier
-        starts too. Raises Stopped if that is asked for."""
+        """Train the trunk in the engine on the stage's budget, from where the stage stands. Returns with it the seconds
+        of training, of earlier starts too. Raises Stopped if that is asked for."""
         peak = peak_rate(self.config.recover, self._parent_config.get_text_config().hidden_size)
         trunk, self._branch_of = self._branch_of, None
         guard = Guard(self.config.recover, console.say, under_way.judged)
@@ -246,7 +261,9 @@ class Run:
 
         def progress_after(steps: int, in_branch: bool) -> Progress:
             judged = dataclasses.replace(guard.judged)
-            now = dataclasses.replace(under_way, steps=steps, seconds=time.perf_counter() - start, in_branch=in_branch, judged=judged)
+            now = dataclasses.replace(
+                under_way, steps=steps, seconds=time.perf_counter() - start, in_branch=in_branch, judged=judged
+            )
             return dataclasses.replace(progress, counters=self.counters.now(), position=self.position(), under_way=now)
 
         recovered = train(
@@ -279,7 +296,9 @@ class Run:
             measured = perplexity(self.engine, self._held_out, self.config.evaluation.batch)
         console.say(f"perplexity {when}{f', {stage.ratio:g}x' if stage else ''}: {measured.ppl:.4g}")
         stage_index = stage.index if stage else 0
-        self._tracker.log_event("evaluation", {"stage/index": stage_index, "when": when, "val/loss": measured.loss, "val/ppl": measured.ppl})
+        self._tracker.log_event(
+            "evaluation", {"stage/index": stage_index, "when": when, "val/loss": measured.loss, "val/ppl": measured.ppl}
+        )
         return measured.to_dict()
 
     @contextmanager
@@ -290,15 +309,21 @@ class Run:
             yield
 
     def publish(self, entry: dict[str, Any], ranks: Mapping[str, int]) -> None:
-        """Write the model in the engine as the member of `entry`, and list it in family.json once its folder is whole. A member that is listed
-        already, as when the run's checkpoints were lost, stays as it is."""
+        """Write the model in the engine as the member of `entry`, and list it in family.json once its folder is whole.
+        A member that is listed already, as when the run's checkpoints were lost, stays as it is."""
         self.world.on_main(self.kept.clear)  # its stage has a checkpoint
         if self.family.has(entry["name"]):
             return
         folder = self.family.member_folder(entry["name"])
-        if not self.world.on_main(folder.exists):  # it does where a run was stopped between its publication and family.json
+        # It does where a run was stopped between its publication and family.json.
+        if not self.world.on_main(folder.exists):
             card = member_card(entry, self.family.parent, dataclasses.asdict(self.config))
-            settings = {"config": self._parent_config, "ranks": ranks, "form": self.config.form.name, "dtype": self._dtype}
+            settings = {
+                "config": self._parent_config,
+                "ranks": ranks,
+                "form": self.config.form.name,
+                "dtype": self._dtype,
+            }
             with self._as_published():
                 publish(self.engine, folder, **settings, parent=self.parent, card=card)
         self.family.members.append(entry)

@@ -1,4 +1,5 @@
-"""A parent trained from random weights, by the same loop as every stage: the paper's baseline, and the quickstart's parent."""
+"""A parent trained from random weights, by the same loop as every stage: the paper's baseline, and the quickstart's
+parent."""
 
 import dataclasses
 from pathlib import Path
@@ -7,37 +8,39 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plrd_train.config import Config, Scratch
+from plrd_train.config.schema import Config, Scratch
 from plrd_train.data.corpus import Corpus
 from plrd_train.data.embedded import train_tokenizer
 from plrd_train.data.loader import merge_positions
 from plrd_train.engine import Engine
 from plrd_train.errors import UserError
-from plrd_train.hub.members import publish
-from plrd_train.hub.models import HubArchitecture, build_model, check_attention, described
-from plrd_train.hub.parents import Parent
+from plrd_train.parents.models import HubArchitecture, build_model, check_attention, described
+from plrd_train.parents.parent import Parent
+from plrd_train.publish.members import publish
 from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.guard import Guard, Judged
 from plrd_train.recover.loop import optimizer_of
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.progress import Progress, UnderWay
-from plrd_train.stopping import StopRequest
+from plrd_train.runtime.stop import StopRequest
+from plrd_train.runtime.world import World
 from plrd_train.tracking import console
 from plrd_train.tracking.tracker import open_tracker
 from plrd_train.training import open_loader, train
-from plrd_train.world import World
 
 CARD = """---
 library_name: transformers
 ---
 # A parent trained from scratch
 
-{params:,} parameters, {tokens:,} tokens of `{corpus}`, by plrd_train. A small model for trying things out: it is good for nothing else.
+{params:,} parameters, {tokens:,} tokens of `{corpus}`, by plrd_train.
+A small model for trying things out: it is good for nothing else.
 """
 
 
 class RandomWeights:
-    """The initial values that transformers gives a model of `config`, one module at a time, the same on any number of ranks."""
+    """The initial values that transformers gives a model of `config`, one module at a time, the same on any number of
+    ranks."""
 
     def __init__(self, config: PreTrainedConfig, seed: int):
         with torch.device("meta"):
@@ -65,8 +68,9 @@ class RandomWeights:
 
 
 def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, request: StopRequest) -> None:
-    """Train the parent that `parent.scratch` describes and publish it as `parent.path`, a plain Hugging Face folder; one that is there is kept. Goes
-    on from its checkpoint, as a stage does. Raises Stopped if `request` asks for that."""
+    """Train the parent that `parent.scratch` describes and publish it as `parent.path`, a plain Hugging Face folder;
+    one that is there is kept. Goes on from its checkpoint, as a stage does. Raises Stopped if `request` asks for
+    that."""
     scratch, folder, home = config.parent.scratch, Path(config.parent.path), Path(config.run_dir) / "scratch"
     assert scratch is not None
     if world.on_main(folder.exists):
@@ -94,7 +98,9 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
 
     def progress_after(steps: int, in_branch: bool) -> Progress:
         position = merge_positions(world.share(loader.position()))
-        under_way = UnderWay(entry={}, ranks={}, steps=steps, in_branch=in_branch, judged=dataclasses.replace(guard.judged))
+        under_way = UnderWay(
+            entry={}, ranks={}, steps=steps, in_branch=in_branch, judged=dataclasses.replace(guard.judged)
+        )
         return Progress(counters=counters.now(), position=position, under_way=under_way)
 
     try:
@@ -134,10 +140,17 @@ def _tokenizer(scratch: Scratch, config: Config, folder: Path) -> PreTrainedToke
         try:
             AutoTokenizer.from_pretrained(scratch.tokenizer).save_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"parent.scratch.tokenizer: {scratch.tokenizer} does not load ({str(error).splitlines()[0]})") from None
+            raise UserError(
+                f"parent.scratch.tokenizer: {scratch.tokenizer} does not load ({str(error).splitlines()[0]})"
+            ) from None
     return AutoTokenizer.from_pretrained(folder)
 
 
 def _architecture(scratch: Scratch, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    values = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **scratch.architecture, "vocab_size": len(tokenizer)}
+    values = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **scratch.architecture,
+        "vocab_size": len(tokenizer),
+    }
     return described(values)

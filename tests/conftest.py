@@ -12,20 +12,23 @@ from tiny_family import write_corpus, write_parent
 from tiny_parents import VOCABULARY, config_of, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from plrd_train.cli import main
+from plrd_train.commands.cli import main
 from plrd_train.tracking import console
 
-for number in (signal.SIGINT, signal.SIGHUP):  # which a shell lets its background jobs ignore, and nohup too: they are sent to runs here
+# Which a shell lets its background jobs ignore, and nohup too: they are sent to runs here.
+for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
-torch.set_num_threads(1)  # tests run in two processes: more threads than cores wait for one another in every product, for ten times as long
+# Tests run in two processes: more threads than cores wait for one another in every product, for ten times as long.
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 SaveParent = Callable[..., tuple[Path, PreTrainedModel]]
 
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder of real parents, corpora and evaluation sets (`PLRD_ASSETS`, by default `../shared`); the test is skipped where it is absent."""
+    """The folder of real parents, corpora and evaluation sets (`PLRD_ASSETS`, by default `../shared`); the test is
+    skipped where it is absent."""
     folder = Path(os.environ.get("PLRD_ASSETS", ROOT.parent / "shared")).resolve()
     if not (folder / "parents").is_dir():
         pytest.skip(f"no test assets in {folder} (set PLRD_ASSETS)")
@@ -110,7 +113,8 @@ def plrd(capfd):
 
 @pytest.fixture
 def plrd_json(plrd):
-    """plrd_json(*arguments) -> the object that `--json` prints, alone on standard output and without NaN or infinity."""
+    """plrd_json(*arguments) -> the object that `--json` prints, alone on standard output and without NaN or
+    infinity."""
 
     def refuse(constant: str) -> float:
         raise AssertionError(f"{constant} is no JSON")

@@ -34,7 +34,9 @@ class Launched:
         """Wait while the launcher runs; it must not end before the condition holds."""
         end = time.monotonic() + TIMEOUT_S
         while not condition():
-            assert self.process.poll() is None and time.monotonic() < end, f"{self.process.args}:\n{self.out}\n{self.err}"
+            assert self.process.poll() is None and time.monotonic() < end, (
+                f"{self.process.args}:\n{self.out}\n{self.err}"
+            )
             time.sleep(0.05)
 
     def status(self, timeout: float = TIMEOUT_S) -> int:
@@ -47,12 +49,24 @@ class Launched:
 
 @contextmanager
 def launched(command: Sequence[str | Path], **environment: object) -> Iterator[Launched]:
-    """`command` runs with one thread a rank and these environment variables (None: unset); what is left of it is killed at the end."""
-    wanted = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in environment.items() if value is not None}}
+    """`command` runs with one thread a rank and these environment variables (None: unset); what is left of it is killed
+    at the end."""
+    wanted = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        **{name: str(value) for name, value in environment.items() if value is not None},
+    }
     for name in (name for name, value in environment.items() if value is None):
         wanted.pop(name, None)
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/out", "w") as out, open(f"{folder}/err", "w") as err:
-        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=wanted, start_new_session=True)
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=wanted,
+            start_new_session=True,
+        )
         try:
             yield Launched(process, folder)
         finally:

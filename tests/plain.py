@@ -1,4 +1,5 @@
-"""What the tests compare with: documents read and perplexity computed without plrd_train, by the contract's definition."""
+"""What the tests compare with: documents read and perplexity computed without plrd_train, by the contract's
+definition."""
 
 import json
 import math
@@ -22,8 +23,11 @@ def texts(folder: Path) -> Iterator[str]:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, context: int, tokens: int) -> tuple[float, int]:
-    """exp(sum of nll / predicted tokens), and those tokens, over the documents one by one, the first `context` tokens of each, at most `tokens`."""
+def perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, context: int, tokens: int
+) -> tuple[float, int]:
+    """exp(sum of nll / predicted tokens), and those tokens, over the documents one by one, the first `context` tokens
+    of each, at most `tokens`."""
     model.eval()
     nll, predicted = 0.0, 0
     for text in texts(folder):

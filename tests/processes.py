@@ -1,4 +1,5 @@
-"""Real processes on gloo for tests: forked from a server that has imported everything once, which takes a second instead of ten."""
+"""Real processes on gloo for tests: forked from a server that has imported everything once, which takes a second
+instead of ten."""
 
 import multiprocessing
 import os
@@ -18,11 +19,13 @@ _context = multiprocessing.get_context("forkserver")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the forkserver imports DeepSpeed before an engine can tell it
 _context.set_forkserver_preload(["tests.warm"])
 TIMEOUT_S = 240
-GRACE_S = 0.3  # from the end of the first rank that fails to that of the ranks which wait for it; launchers look about as often
+# from the end of the first rank that fails to that of the ranks which wait for it; launchers look about as often
+GRACE_S = 0.3
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call `function(world, *arguments)` on each of `world_size` ranks, one thread each, and return what they return, in rank order.
+    """Call `function(world, *arguments)` on each of `world_size` ranks, one thread each, and return what they return,
+    in rank order.
 
     `function` is a module-level one. The first exception of a rank is raised here with that rank's traceback.
     """
@@ -30,7 +33,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     processes = []
     for environment in _environments(world_size):
         ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_child, args=(theirs, environment, pickle.dumps((function, arguments))), daemon=True)
+        process = _context.Process(
+            target=_child, args=(theirs, environment, pickle.dumps((function, arguments))), daemon=True
+        )
         process.start()
         theirs.close()
         pipes[ours] = len(processes)
@@ -56,15 +61,19 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended: the exit status of the rank that failed first (0: none failed; -9: killed), and what all ranks wrote, in rank order."""
+    """How a job ended: the exit status of the rank that failed first (0: none failed; -9: killed), and what all ranks
+    wrote, in rank order."""
 
     status: int
     out: str
     err: str
 
 
-def run_job(world_size: int, arguments: Sequence[str], prepare: Callable[..., None] | None = None, *prepared: Any) -> Ended:
-    """The main job, `plrd_train.__main__.main(arguments)`, on `world_size` ranks, one thread each; when one fails the rest are killed.
+def run_job(
+    world_size: int, arguments: Sequence[str], prepare: Callable[..., None] | None = None, *prepared: Any
+) -> Ended:
+    """The main job, `plrd_train.__main__.main(arguments)`, on `world_size` ranks, one thread each; when one fails the
+    rest are killed.
 
     `prepare(rank, *prepared)`, a module-level function, runs on each rank first: to break something in that process.
     """
@@ -121,13 +130,16 @@ class Job:
 
 @contextmanager
 def started(world_size: int, function: Callable[..., None], *arguments: Any) -> Iterator[Job]:
-    """`function(*arguments)`, a module-level one, runs on `world_size` ranks, one thread each; what is left of them is killed at the end."""
+    """`function(*arguments)`, a module-level one, runs on `world_size` ranks, one thread each; what is left of them is
+    killed at the end."""
     with tempfile.TemporaryDirectory() as folder:
         job = Job([], folder)
         try:
             for environment in _environments(world_size):
                 payload = pickle.dumps((function, arguments))
-                process = _context.Process(target=_logged, args=(environment, f"{folder}/{environment['RANK']}", payload), daemon=True)
+                process = _context.Process(
+                    target=_logged, args=(environment, f"{folder}/{environment['RANK']}", payload), daemon=True
+                )
                 process.start()
                 job.processes.append(process)
             yield job
@@ -153,12 +165,13 @@ def _enter(environment: dict[str, Any]) -> None:
 
 def _child(pipe: Any, environment: dict[str, Any], payload: bytes) -> None:
     _enter(environment)
-    from plrd_train.place import Place
-    from plrd_train.world import World
+    from plrd_train.runtime.place import Place
+    from plrd_train.runtime.world import World
 
     try:
         world = World.open(Place.read())
-        function, arguments = pickle.loads(payload)  # by plain pickle: tensors travel as bytes, not as shared memory that ends with this process
+        # By plain pickle: tensors travel as bytes, not as shared memory that ends with this process.
+        function, arguments = pickle.loads(payload)
         answer = (False, function(world, *arguments))
         world.close()
     except BaseException:
@@ -175,11 +188,12 @@ def _logged(environment: dict[str, Any], log: str, payload: bytes) -> None:
 
 
 def main_job(arguments: Sequence[str], prepare: Callable[..., None] | None, prepared: Sequence[Any]) -> None:
-    """The main job on this rank. The report's pictures stay blank unless `prepare` is `draw`: they take half the time of a run of 12 steps."""
+    """The main job on this rank. The report's pictures stay blank unless `prepare` is `draw`: they take half the time
+    of a run of 12 steps."""
     from matplotlib.figure import Figure
 
     from plrd_train.__main__ import main
-    from plrd_train.tracking import report
+    from plrd_train.report import page as report
 
     report.family_figure = report.losses_figure = lambda *_: Figure(figsize=(1, 1))
     if prepare is not None:
@@ -189,6 +203,7 @@ def main_job(arguments: Sequence[str], prepare: Callable[..., None] | None, prep
 
 def draw(rank: int) -> None:
     """For `run_job`'s `prepare`: the report's pictures are those that a user gets."""
-    from plrd_train.tracking import plots, report
+    from plrd_train.report import page as report
+    from plrd_train.report import plots
 
     report.family_figure, report.losses_figure = plots.family_figure, plots.losses_figure

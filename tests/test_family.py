@@ -26,7 +26,8 @@ def test_a_folder_without_one_is_no_family(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", '{"parent": {}, "mem', "[]", '{"parent": {}}', '{"parent": 3, "members": []}', '{"parent": {}, "members": 3}']
+    "content",
+    ["", '{"parent": {}, "mem', "[]", '{"parent": {}}', '{"parent": 3, "members": []}', '{"parent": {}, "members": 3}'],
 )
 def test_a_damaged_one_is_named(tmp_path, content):
     (tmp_path / "family.json").write_text(content)

@@ -15,7 +15,8 @@ DOMAINS = ("C4", "Book", "Wikipedia")
 
 
 def document(number: int) -> str:
-    """Words that mostly follow one another in a fixed order, so that there is something to learn. No two documents are alike."""
+    """Words that mostly follow one another in a fixed order, so that there is something to learn. No two documents are
+    alike."""
     dice = random.Random(number)
     word, words = dice.randrange(3, VOCABULARY), []
     for _ in range(dice.randint(5, 40)):
@@ -52,7 +53,8 @@ def write_parent(folder: Path, architecture: str = "llama", dtype: torch.dtype =
 
 
 def save_qwen_tokenizer(folder: Path) -> None:
-    """transformers makes a byte-level BPE of whatever tokenizer.json lies beside a Qwen, so it had better be one: of the letters of `document`."""
+    """transformers makes a byte-level BPE of whatever tokenizer.json lies beside a Qwen, so it had better be one: of
+    the letters of `document`."""
     vocabulary = {piece: i for i, piece in enumerate(["<|endoftext|>", *"0123456789", "w", "Ġ", "Ġw"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "w")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

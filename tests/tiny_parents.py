@@ -51,28 +51,59 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-_GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_GPT = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _MAMBA = {"state_size": 8, "expand": 2, "conv_kernel": 4, "pad_token_id": 0}
-# Those that run otherwise than Llama does: blocks that return tuples, tables of positions, Linears whose weights other code
-# reads, experts.
+# Those that run otherwise than Llama does: blocks that return tuples, tables of positions, Linears whose weights other
+# code reads, experts.
 OTHERS: dict[str, PreTrainedConfig] = {
     "gptj": AutoConfig.for_model("gptj", **_GPT, rotary_dim=4),
     "codegen": AutoConfig.for_model("codegen", **_GPT, rotary_dim=4),
     "gpt2": AutoConfig.for_model("gpt2", **_GPT),
     "gpt_neo": AutoConfig.for_model(
         "gpt_neo",
-        **{key: _SIZE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "bos_token_id", "eos_token_id")},
+        **{
+            key: _SIZE[key]
+            for key in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "max_position_embeddings",
+                "bos_token_id",
+                "eos_token_id",
+            )
+        },
         num_layers=2,
         num_heads=4,
         attention_types=[[["global", "local"], 1]],
         window_size=8,
     ),
-    "opt": AutoConfig.for_model("opt", **{key: size for key, size in _SIZE.items() if key != "intermediate_size"}, ffn_dim=48, pad_token_id=0),
+    "opt": AutoConfig.for_model(
+        "opt", **{key: size for key, size in _SIZE.items() if key != "intermediate_size"}, ffn_dim=48, pad_token_id=0
+    ),
     "falcon": AutoConfig.for_model("falcon", **_SIZE),
-    "bloom": AutoConfig.for_model("bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
-    "mamba": AutoConfig.for_model("mamba", **_MAMBA, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=2),
+    "bloom": AutoConfig.for_model(
+        "bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
+    "mamba": AutoConfig.for_model(
+        "mamba", **_MAMBA, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=2
+    ),
     "bamba": AutoConfig.for_model(
-        "bamba", **_GQA, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=16
+        "bamba",
+        **_GQA,
+        attn_layer_indices=[1],
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_n_groups=1,
+        mamba_d_state=16,
+        mamba_chunk_size=16,
     ),
     "rwkv": AutoConfig.for_model(
         "rwkv",
@@ -108,4 +139,6 @@ def save_tokenizer(folder: Path, size: int = VOCABULARY) -> None:
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""What every rank of a test needs, done once, in the server that they are forked from (processes.py): imports, and what libraries cache."""
+"""What every rank of a test needs, done once, in the server that they are forked from (processes.py): imports, and what
+libraries cache."""
 
 import gc
 import importlib
@@ -7,7 +8,7 @@ for name in (
     "plrd_train.__main__",
     "plrd_train.engine.fsdp",
     "plrd_train.engine.zero3",
-    "plrd_train.hub.models",
+    "plrd_train.parents.models",
     "transformers.models.llama.modeling_llama",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
@@ -17,10 +18,19 @@ for name in (
     "pytest",  # the modules that ranks find their functions in import it
 ):
     importlib.import_module(name)
-importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions
+# A thousand regular expressions.
+importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
 # Hydra looks for its plugins once in a process, and its parser learns the grammar as it reads.
-importlib.import_module("plrd_train.sweep").points(
-    ["experiment=tinystories", "parent.path=p", "data.train=t", "data.validation=v", "run_dir=r", "stages.ratios=[1.25,1.6]", "recover.lr=4e-3"]
+importlib.import_module("plrd_train.config.sweep").points(
+    [
+        "experiment=tinystories",
+        "parent.path=p",
+        "data.train=t",
+        "data.validation=v",
+        "run_dir=r",
+        "stages.ratios=[1.25,1.6]",
+        "recover.lr=4e-3",
+    ]
 )
 # All this stays: no collection needs to look at it again, nor copies its pages into each rank by that.
 gc.collect()

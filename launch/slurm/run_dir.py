@@ -2,9 +2,9 @@
 
 import sys
 
+from plrd_train.config.sweep import points
 from plrd_train.errors import UserError
-from plrd_train.heartbeat import say
-from plrd_train.sweep import points
+from plrd_train.runtime.heartbeat import say
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from plrd_train.data.corpus import Corpus
 from plrd_train.data.loader import Loader
 
-# Added to the seed of the training order: another order of the same corpus, whose beginning is text that training comes to elsewhere, if at all.
+# Added to the seed of the training order: another order of the same corpus, whose beginning is text that training comes
+# to elsewhere, if at all.
 _OTHER_ORDER = 2**63
 
 
@@ -26,10 +27,11 @@ def calibration_batches(
     batch: int,
     skip_bad: bool = False,
 ) -> list[Tensor]:
-    """This rank's share of `tokens` // `seq_len` packed sequences of `corpus`, in batches (n, seq_len) of at most `batch`; a rank may get none.
+    """This rank's share of `tokens` // `seq_len` packed sequences of `corpus`, in batches (n, seq_len) of at most
+    `batch`; a rank may get none.
 
-    Over all ranks they are the same sequences on any number of ranks, the same at each call, and training's position in the corpus is not touched.
-    The other arguments are those of `Loader`. Raises UserError as that does.
+    Over all ranks they are the same sequences on any number of ranks, the same at each call, and training's position in
+    the corpus is not touched. The other arguments are those of `Loader`. Raises UserError as that does.
     """
     loader = Loader(
         corpus,

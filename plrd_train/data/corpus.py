@@ -1,4 +1,5 @@
-"""Which shards a corpus is made of: a folder, a glob or a Hugging Face dataset, resolved once, by rank 0, to a list that every rank shares."""
+"""Which shards a corpus is made of: a folder, a glob or a Hugging Face dataset, resolved once, by rank 0, to a list
+that every rank shares."""
 
 import glob
 import hashlib
@@ -25,8 +26,9 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 class Corpus:
     """The shards of one split, in their canonical order. JSON-serialisable.
 
-    `shards` are absolute paths or `hf://` URLs, sorted. `revision` is the commit hash of a hub dataset, None for local files. `fingerprint` stands
-    for the content as cheaply as can be: a hash of the local files' names and sizes (a moved folder keeps it), or the revision.
+    `shards` are absolute paths or `hf://` URLs, sorted. `revision` is the commit hash of a hub dataset, None for local
+    files. `fingerprint` stands for the content as cheaply as can be: a hash of the local files' names and sizes (a
+    moved folder keeps it), or the revision.
     """
 
     spec: str
@@ -43,7 +45,8 @@ class Corpus:
 
 
 def resolve_corpus(spec: str, split: Split, revision: str | None = None) -> Corpus:
-    """List the shards (.jsonl, .jsonl.gz, .jsonl.zst, at any depth) of `spec`: a folder, a file, a glob or a hub dataset id, tried in that order.
+    """List the shards (.jsonl, .jsonl.gz, .jsonl.zst, at any depth) of `spec`: a folder, a file, a glob or a hub
+    dataset id, tried in that order.
 
     A folder or dataset whose folders or files are named as splits is narrowed to `split` (`plrd_train.data.splits`); a
     glob or file is taken as it is. `revision` pins a hub dataset and means nothing for local files; a private dataset
@@ -61,13 +64,23 @@ def resolve_corpus(spec: str, split: Split, revision: str | None = None) -> Corp
     if glob.has_magic(spec):
         found = glob.glob(spec, recursive=True)
         if not found:
-            raise UserError(f"{spec}: this glob matches nothing; quote it so that the shell leaves it alone, and check the path")
+            raise UserError(
+                f"{spec}: this glob matches nothing; quote it so that the shell leaves it alone, and check the path"
+            )
         return _local_corpus(
-            spec, (shard for one in found for shard in (_shards_under(one) if os.path.isdir(one) else [one]) if shard.endswith(SUFFIXES))
+            spec,
+            (
+                shard
+                for one in found
+                for shard in (_shards_under(one) if os.path.isdir(one) else [one])
+                if shard.endswith(SUFFIXES)
+            ),
         )
     if HUB_ID.fullmatch(spec):
         return _hub_corpus(spec, split, revision)
-    raise UserError(f"{spec}: no such folder; give a folder of {' / '.join(SUFFIXES)} shards, a glob, or a Hugging Face dataset id")
+    raise UserError(
+        f"{spec}: no such folder; give a folder of {' / '.join(SUFFIXES)} shards, a glob, or a Hugging Face dataset id"
+    )
 
 
 def is_local(spec: str) -> bool:
@@ -133,14 +146,20 @@ def _hub_corpus(spec: str, split: Split, revision: str | None) -> Corpus:
         raise UserError(f"{spec}: this Hugging Face dataset has no revision {revision}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:  # a gated dataset counts as not found
         raise UserError(
-            f"{spec}: neither a folder here nor a dataset that the Hugging Face hub shows you; check the path, or set HF_TOKEN if it is gated"
+            f"{spec}: neither a folder here nor a dataset that the Hugging Face hub shows you; check the path, or "
+            "set HF_TOKEN if it is gated"
         ) from error
     except READ_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{spec}: no such folder here, and the Hugging Face hub could not be asked for a dataset of that name ({reason})") from error
+        raise UserError(
+            f"{spec}: no such folder here, and the Hugging Face hub could not be asked for a dataset of that name "
+            f"({reason})"
+        ) from error
     names = narrow_to_split(spec, [name for name in names if name.endswith(SUFFIXES)], split, folder=None)
     if commit is None or not names:
-        raise UserError(f"{spec}: no shards in this Hugging Face dataset; a corpus is made of {' / '.join(SUFFIXES)} files")
+        raise UserError(
+            f"{spec}: no shards in this Hugging Face dataset; a corpus is made of {' / '.join(SUFFIXES)} files"
+        )
     shards = tuple(sorted(f"hf://datasets/{spec}@{commit}/{name}" for name in names))
     _refuse_twice(spec, shards)
     return Corpus(spec, commit, shards, commit)

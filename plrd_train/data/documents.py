@@ -1,4 +1,5 @@
-"""Documents of a shard, their encoding by the parent's tokenizer, and the held-out documents on which perplexity is measured."""
+"""Documents of a shard, their encoding by the parent's tokenizer, and the held-out documents on which perplexity is
+measured."""
 
 import hashlib
 import json
@@ -13,7 +14,10 @@ from plrd_train.data.corpus import Corpus
 from plrd_train.data.shards import DAMAGED, READ_ERRORS, open_shard
 from plrd_train.errors import UserError
 
-PROBE = "The quick brown fox,  it jumps\tover 1234567 lazy dogs.\n\nÉtude № 5 — naïve café; Übermut, 東京 und Москва 🙂 <s> </s> x_1 += f(y)\n"
+PROBE = (
+    "The quick brown fox,  it jumps\tover 1234567 lazy dogs.\n\nÉtude № 5 — naïve café; Übermut, 東京 und Москва 🙂 "
+    "<s> </s> x_1 += f(y)\n"
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class _BadLineError(ValueError):
 def read_documents(
     shard: str, *, stripe: int = 0, stripes: int = 1, skip_bad: bool = False, skipped: Counter[str] | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of one shard in its own order; with `stripes` > 1 only those on lines whose index, from 0, is `stripe` modulo `stripes`.
+    """Yield the documents of one shard in its own order; with `stripes` > 1 only those on lines whose index, from 0, is
+    `stripe` modulo `stripes`.
 
-    Documents with an empty text are passed over. A bad line (invalid UTF-8, not a JSON object, no string `text`) raises a UserError that names shard
-    and line, and so does a damaged or truncated shard; with `skip_bad` the line, or the rest of the damaged shard, is passed over. `skipped`, where
-    given, counts by reason what was passed over; over all stripes of a shard each is counted once. A shard that is gone or cannot be read raises
-    UnreadableError, which a second attempt may mend, and one that this user may not read a plain UserError.
+    Documents with an empty text are passed over. A bad line (invalid UTF-8, not a JSON object, no string `text`) raises
+    a UserError that names shard and line, and so does a damaged or truncated shard; with `skip_bad` the line, or the
+    rest of the damaged shard, is passed over. `skipped`, where given, counts by reason what was passed over; over all
+    stripes of a shard each is counted once. A shard that is gone or cannot be read raises UnreadableError, which a
+    second attempt may mend, and one that this user may not read a plain UserError.
     """
     skipped = Counter() if skipped is None else skipped
     number = 0
@@ -62,7 +68,8 @@ def read_documents(
                 except _BadLineError as error:
                     if not skip_bad:
                         raise UserError(
-                            f"{shard}, line {number}: {error}; mend the line, or skip and count bad ones with data.skip_bad=true"
+                            f"{shard}, line {number}: {error}; mend the line, or skip and count bad ones with "
+                            "data.skip_bad=true"
                         ) from error
                     skipped[str(error)] += 1
                     continue
@@ -73,12 +80,15 @@ def read_documents(
     except DAMAGED as error:
         if not skip_bad:
             raise UserError(
-                f"{shard}: truncated or damaged at line {number + 1}; fetch the shard again, or keep what is whole with data.skip_bad=true"
+                f"{shard}: truncated or damaged at line {number + 1}; fetch the shard again, or keep what is whole "
+                "with data.skip_bad=true"
             ) from error
         if number % stripes == stripe:
             skipped["truncated or damaged shard"] += 1
     except FileNotFoundError as error:
-        raise UnreadableError(f"{shard}: this shard is gone since the corpus was listed; put it back, or start anew with another run_dir") from error
+        raise UnreadableError(
+            f"{shard}: this shard is gone since the corpus was listed; put it back, or start anew with another run_dir"
+        ) from error
     except PermissionError as error:
         raise UserError(f"{shard}: this user may not read it; change its permissions") from error
     except READ_ERRORS as error:
@@ -107,15 +117,18 @@ def _parse(line: bytes) -> Document:
 
 
 def limit_ids(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
-    """Let `encode` refuse the tokens of `tokenizer` whose ids lie past the `embeddings` of its model, if there are any."""
+    """Let `encode` refuse the tokens of `tokenizer` whose ids lie past the `embeddings` of its model, if there are
+    any."""
     if max(tokenizer.get_vocab().values(), default=0) >= embeddings:
         tokenizer.embeddings = embeddings
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a whole text, with the special tokens that this tokenizer adds by its own rule. Raises UserError for a token that
-    `limit_ids` has ruled out."""
-    ids = tokenizer(text, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    """The token ids of a whole text, with the special tokens that this tokenizer adds by its own rule. Raises UserError
+    for a token that `limit_ids` has ruled out."""
+    ids = tokenizer(
+        text, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
     embeddings = getattr(tokenizer, "embeddings", None)
     if embeddings is not None and (largest := max(ids, default=0)) >= embeddings:
         token = tokenizer.convert_ids_to_tokens(largest)
@@ -134,7 +147,8 @@ def named(shard: str) -> Iterator[None]:
 
 
 def sample_of(corpus: Corpus, characters: int = 100_000) -> list[str]:
-    """The first documents of a corpus, about so many `characters` of them. What cannot be read ends the sample: who reads it all says so."""
+    """The first documents of a corpus, about so many `characters` of them. What cannot be read ends the sample: who
+    reads it all says so."""
     texts: list[str] = []
     try:
         for shard in corpus.shards:
@@ -149,19 +163,25 @@ def sample_of(corpus: Corpus, characters: int = 100_000) -> list[str]:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Stands for what `encode` does: a hash of the vocabulary, and of the ids of a text that pieces, spaces and special tokens are made of."""
+    """Stands for what `encode` does: a hash of the vocabulary, and of the ids of a text that pieces, spaces and special
+    tokens are made of."""
     known = json.dumps([sorted(tokenizer.get_vocab().items()), encode(tokenizer, PROBE)], ensure_ascii=False)
     return hashlib.sha256(known.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def evaluation_documents(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int, skip_bad: bool = False, skipped: Counter[str] | None = None
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_tokens: int,
+    skip_bad: bool = False,
+    skipped: Counter[str] | None = None,
 ) -> list[EvalDocument]:
     """Held-out documents in the corpus' order, encoded one by one, each cut to its first `context` tokens.
 
-    Those of fewer than two tokens are left out. Stops before the document with which the predicted tokens (one fewer than the tokens, for each
-    document) would come to more than `max_tokens`.
-    `skip_bad` and `skipped` as in `read_documents`. Raises UserError where no document is left, and what `read_documents` raises.
+    Those of fewer than two tokens are left out. Stops before the document with which the predicted tokens (one fewer
+    than the tokens, for each document) would come to more than `max_tokens`. `skip_bad` and `skipped` as in
+    `read_documents`. Raises UserError where no document is left, and what `read_documents` raises.
     """
     chosen: list[EvalDocument] = []
     predicted = 0

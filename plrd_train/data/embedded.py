@@ -1,4 +1,5 @@
-"""The corpus and the tokenizer of the embedded default: real text that every Python installation carries, so that nothing is downloaded.
+"""The corpus and the tokenizer of the embedded default: real text that every Python installation carries, so that
+nothing is downloaded.
 
 The text is the installation's own documentation and library source, under the licence of Python (PSF).
 """
@@ -38,12 +39,16 @@ _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _Documented = ast.Module | _Definition
 
 
-def write_corpus(folder: Path, *, train_bytes: int = 6_000_000, validation_bytes: int = 300_000, shards: int = 8, seed: int = 0) -> None:
-    """Write Python's own documentation and library source in SlimPajama's layout, as `folder`/{train,validation}/chunk1/example_*.jsonl.zst.
+def write_corpus(
+    folder: Path, *, train_bytes: int = 6_000_000, validation_bytes: int = 300_000, shards: int = 8, seed: int = 0
+) -> None:
+    """Write Python's own documentation and library source in SlimPajama's layout, as
+    `folder`/{train,validation}/chunk1/example_*.jsonl.zst.
 
-    Sizes are bytes of text, half documentation where there is enough of it; a document has 500 to 8000 characters. A module is wholly in train or
-    wholly in validation. The same Python version gives the same documents. `folder` appears at once when complete; nothing is done where it exists.
-    Raises UserError where the library's source is not on disk.
+    Sizes are bytes of text, half documentation where there is enough of it; a document has 500 to 8000 characters. A
+    module is wholly in train or wholly in validation. The same Python version gives the same documents. `folder`
+    appears at once when complete; nothing is done where it exists. Raises UserError where the library's source is not
+    on disk.
     """
     if (folder / "train").is_dir():
         return
@@ -59,11 +64,13 @@ def write_corpus(folder: Path, *, train_bytes: int = 6_000_000, validation_bytes
 
 
 def train_tokenizer(corpus_folder: Path, out: Path, vocab_size: int = 1024) -> None:
-    """Train a BPE tokenizer with Llama's settings on a sample of the train shards of `corpus_folder`; `out` then loads with AutoTokenizer.
+    """Train a BPE tokenizer with Llama's settings on a sample of the train shards of `corpus_folder`; `out` then loads
+    with AutoTokenizer.
 
-    `out` holds tokenizer.model (unknown 0, BOS 1, EOS 2, no padding, byte fallback; unlike Llama's, no space is put before a text) and
-    tokenizer_config.json, and appears at once when complete; nothing is done where it exists. The same corpus gives the same bytes.
-    Raises UserError where `corpus_folder` has no readable train shards, or too little text for `vocab_size` pieces.
+    `out` holds tokenizer.model (unknown 0, BOS 1, EOS 2, no padding, byte fallback; unlike Llama's, no space is put
+    before a text) and tokenizer_config.json, and appears at once when complete; nothing is done where it exists. The
+    same corpus gives the same bytes. Raises UserError where `corpus_folder` has no readable train shards, or too little
+    text for `vocab_size` pieces.
     """
     if (out / "tokenizer.model").is_file():
         return
@@ -79,7 +86,8 @@ def train_tokenizer(corpus_folder: Path, out: Path, vocab_size: int = 1024) -> N
             split_digits=True,
             allow_whitespace_only_pieces=True,
             remove_extra_whitespaces=False,
-            add_dummy_prefix=False,  # sentencepiece and transformers disagree on it where a text begins with a space, as source often does
+            # sentencepiece and transformers disagree on it where a text begins with a space, as source often does
+            add_dummy_prefix=False,
             normalization_rule_name="identity",
             character_coverage=0.9999,
             max_sentence_length=4 * MAX_CHARS,  # bytes: whole documents, so that line ends become part of pieces
@@ -92,7 +100,9 @@ def train_tokenizer(corpus_folder: Path, out: Path, vocab_size: int = 1024) -> N
         )
     except RuntimeError as error:  # sentencepiece's own, a line of its source before the reason
         reason = " ".join(str(error).split()).rpartition("] ")[2]
-        raise UserError(f"parent.scratch.vocab_size: no tokenizer of {vocab_size} pieces comes out of {corpus_folder} ({reason})") from None
+        raise UserError(
+            f"parent.scratch.vocab_size: no tokenizer of {vocab_size} pieces comes out of {corpus_folder} ({reason})"
+        ) from None
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
@@ -109,7 +119,8 @@ def train_tokenizer(corpus_folder: Path, out: Path, vocab_size: int = 1024) -> N
 
 
 def _modules(seed: int) -> Iterator[tuple[str, Pieces]]:
-    """Yield (name, documents by domain) of each top-level module or package of the library, in an order that depends on names and `seed` alone."""
+    """Yield (name, documents by domain) of each top-level module or package of the library, in an order that depends on
+    names and `seed` alone."""
     root = Path(sysconfig.get_path("stdlib"))
     files: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*.py")):
@@ -117,7 +128,9 @@ def _modules(seed: int) -> Iterator[tuple[str, Pieces]]:
         if not _NOT_LIBRARY & set(parts) and not parts[0].startswith(_BUILD_FILES):
             files.setdefault(parts[0].removesuffix(".py"), []).append(path)
     if not files:
-        raise UserError(f"{root}: holds no library source for the embedded corpus; give data.train and data.validation instead")
+        raise UserError(
+            f"{root}: holds no library source for the embedded corpus; give data.train and data.validation instead"
+        )
     for name in sorted(files, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
         pieces: Pieces = {DOCS: [], SOURCE: []}
         for path in files[name]:
@@ -133,8 +146,11 @@ def _modules(seed: int) -> Iterator[tuple[str, Pieces]]:
         yield name, pieces
 
 
-def _take(modules: Iterator[tuple[str, Pieces]], budget: int, per_module: int | None = None, first: Pieces | None = None) -> Pieces:
-    """Take whole modules, with at most `per_module` bytes a domain of each, until both domains fill half of `budget` bytes or the modules end.
+def _take(
+    modules: Iterator[tuple[str, Pieces]], budget: int, per_module: int | None = None, first: Pieces | None = None
+) -> Pieces:
+    """Take whole modules, with at most `per_module` bytes a domain of each, until both domains fill half of `budget`
+    bytes or the modules end.
 
     Source fills up what documentation lacks.
     """
@@ -150,7 +166,8 @@ def _take(modules: Iterator[tuple[str, Pieces]], budget: int, per_module: int | 
 
 
 def _topics() -> Iterator[str]:
-    """Yield the sections of the language reference that pydoc carries; nothing where this installation has been stripped of them."""
+    """Yield the sections of the language reference that pydoc carries; nothing where this installation has been
+    stripped of them."""
     try:
         topics = importlib.import_module(f"{TOPICS}.topics").topics
     except ImportError:
@@ -159,11 +176,14 @@ def _topics() -> Iterator[str]:
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[str]:
-    """Yield "name(arguments)" and docstring of the module, its classes and its functions, in the order of the source."""
+    """Yield "name(arguments)" and docstring of the module, its classes and its functions, in the order of the
+    source."""
 
     def visit(node: _Documented, name: str) -> Iterator[str]:
         if doc := ast.get_docstring(node):
-            arguments = f"({ast.unparse(node.args)})" if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else ""
+            arguments = (
+                f"({ast.unparse(node.args)})" if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else ""
+            )
             yield f"{name}{arguments}\n\n{doc}\n\n\n"
         for child in node.body:
             if isinstance(child, _Definition):
@@ -173,7 +193,8 @@ def _docstrings(tree: ast.Module, module: str) -> Iterator[str]:
 
 
 def _source_blocks(tree: ast.Module, text: str) -> Iterator[str]:
-    """Yield the source from one function, class or method to the next, without the docstrings (they are in the documentation)."""
+    """Yield the source from one function, class or method to the next, without the docstrings (they are in the
+    documentation)."""
     lines = text.splitlines(keepends=True)
     starts = {0}
     for node in ast.walk(tree):
@@ -187,7 +208,8 @@ def _source_blocks(tree: ast.Module, text: str) -> Iterator[str]:
             for child in node.body:
                 if isinstance(child, _Definition):
                     start = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)]) - 1
-                    while start and lines[start - 1].lstrip().startswith("#"):  # a comment right above belongs to what it describes
+                    # A comment right above belongs to what it describes.
+                    while start and lines[start - 1].lstrip().startswith("#"):
                         start -= 1
                     starts.add(start)
     bounds = [*sorted(starts), len(lines)]
@@ -195,7 +217,8 @@ def _source_blocks(tree: ast.Module, text: str) -> Iterator[str]:
 
 
 def _pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """Join neighbouring blocks to documents of about TARGET_CHARS, at least MIN_CHARS and at most MAX_CHARS; a shorter remainder is dropped."""
+    """Join neighbouring blocks to documents of about TARGET_CHARS, at least MIN_CHARS and at most MAX_CHARS; a shorter
+    remainder is dropped."""
     piece = ""
     for block in blocks:
         for part in _split(block, MAX_CHARS - MIN_CHARS):
@@ -208,7 +231,8 @@ def _pieces(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _split(block: str, limit: int) -> Iterator[str]:
-    """Split at line ends so that no part is longer than `limit` characters; a single longer line is data, no text, and is dropped."""
+    """Split at line ends so that no part is longer than `limit` characters; a single longer line is data, no text, and
+    is dropped."""
     part = ""
     for line in block.splitlines(keepends=True):
         if len(part) + len(line) > limit:
@@ -240,11 +264,14 @@ def _write_split(folder: Path, stem: str, pieces: Pieces, shards: int, seed: int
     for shard in range(shards):
         with zstandard.open(folder / f"{stem}_{shard}.jsonl.zst", "wt", encoding="utf-8") as file:
             for domain, text in documents[shard::shards]:
-                file.write(json.dumps({"text": text, "meta": {"redpajama_set_name": domain}}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"text": text, "meta": {"redpajama_set_name": domain}}, ensure_ascii=False) + "\n"
+                )
 
 
 def _sample(corpus: Corpus, budget: int) -> Iterator[str]:
-    """Yield documents in pieces of at most MAX_CHARS, the first ones of each shard alike, of up to `budget` bytes in all."""
+    """Yield documents in pieces of at most MAX_CHARS, the first ones of each shard alike, of up to `budget` bytes in
+    all."""
     for shard in corpus.shards:
         for text in _until((document.text for document in read_documents(shard)), budget // len(corpus.shards)):
             yield from (text[i : i + MAX_CHARS] for i in range(0, len(text), MAX_CHARS))

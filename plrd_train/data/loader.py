@@ -26,7 +26,8 @@ WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # before each further attempt to rea
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of the global sequences [first, first + sequences): `input_ids` (n, seq_len) int64 in ascending global order, n may be 0.
+    """One rank's share of the global sequences [first, first + sequences): `input_ids` (n, seq_len) int64 in ascending
+    global order, n may be 0.
 
     `domain_tokens` counts the tokens of `input_ids` by domain.
     """
@@ -37,16 +38,19 @@ class Batch:
 
 
 class Loader:
-    """Packed training sequences of a corpus, whose order is a function of (seed, global position) and not of the number of ranks.
+    """Packed training sequences of a corpus, whose order is a function of (seed, global position) and not of the number
+    of ranks.
 
-    The corpus is dealt to `streams` canonical streams (see `plrd_train.data.streams`), each an endless run of documents, encoded by the tokenizer's
-    own rule, with EOS behind each if `append_eos`, and cut into sequences of `seq_len` tokens; the left-over of a document begins the next sequence
-    of its stream. Global sequence i comes from stream i mod `streams`, and stream s is read by rank s mod `world_size` alone. Behind its last
-    document a stream goes on into the next epoch, in another order.
+    The corpus is dealt to `streams` canonical streams (see `plrd_train.data.streams`), each an endless run of
+    documents, encoded by the tokenizer's own rule, with EOS behind each if `append_eos`, and cut into sequences of
+    `seq_len` tokens; the left-over of a document begins the next sequence of its stream. Global sequence i comes from
+    stream i mod `streams`, and stream s is read by rank s mod `world_size` alone. Behind its last document a stream
+    goes on into the next epoch, in another order.
 
-    One unit (a shard, or a stripe of one) is in memory for each stream that this rank reads. One that fails to read is tried again for a minute, each
-    attempt after twice the wait, and one line of warning on standard error. As many sequences as the last call asked for are read
-    ahead by one thread; a UserError met there is raised by the `next` that needs the sequence. Not to be called from several threads.
+    One unit (a shard, or a stripe of one) is in memory for each stream that this rank reads. One that fails to read is
+    tried again for a minute, each attempt after twice the wait, and one line of warning on standard error. As many
+    sequences as the last call asked for are read ahead by one thread; a UserError met there is raised by the `next`
+    that needs the sequence. Not to be called from several threads.
     """
 
     def __init__(
@@ -66,10 +70,18 @@ class Loader:
         if append_eos and tokenizer.eos_token_id is None:
             raise UserError("data.append_eos=true, but this tokenizer has no EOS token; set data.append_eos=false")
         if append_eos and tokenizer.eos_token_id >= getattr(tokenizer, "embeddings", math.inf):
-            raise UserError("data.append_eos=true, but the model has no embedding for the EOS token of this tokenizer; set data.append_eos=false")
+            raise UserError(
+                "data.append_eos=true, but the model has no embedding for the EOS token of this tokenizer; set "
+                "data.append_eos=false"
+            )
         self._tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers refuse to be used by two threads at once
         self._eos = [tokenizer.eos_token_id] if append_eos else []
-        self._identity = {"corpus": corpus.fingerprint, "tokenizer": fingerprint(self._tokenizer), "seed": seed, "streams": streams}
+        self._identity = {
+            "corpus": corpus.fingerprint,
+            "tokenizer": fingerprint(self._tokenizer),
+            "seed": seed,
+            "streams": streams,
+        }
         self._seq_len, self._streams, self._seed, self._skip_bad = seq_len, streams, seed, skip_bad
         self._rank, self._world_size = rank, world_size
         self._units = deal_units(corpus.shards, streams)
@@ -80,13 +92,16 @@ class Loader:
         self._start(0, dict.fromkeys(range(rank, streams, world_size), START))
 
     def _start(self, sequence: int, cursors: dict[int, Cursor]) -> None:
-        """Stand before `sequence`. `_sequence` and `_cursors` speak of what was handed out, `_own` and `_readers` of what was read ahead."""
+        """Stand before `sequence`. `_sequence` and `_cursors` speak of what was handed out, `_own` and `_readers` of
+        what was read ahead."""
         for future in self._ahead:
             future.cancel()  # one may be running: it ends on a stream of old that nobody else reads
         self._ahead.clear()
         self._sequence, self._cursors = sequence, cursors
         self._own = self._own_sequences(sequence)
-        self._readers = {s: Stream(s, self._units[s], self._load, self._encode, self._seed, cursor) for s, cursor in cursors.items()}
+        self._readers = {
+            s: Stream(s, self._units[s], self._load, self._encode, self._seed, cursor) for s, cursor in cursors.items()
+        }
 
     def _own_sequences(self, first: int) -> Iterator[int]:
         return (i for i in itertools.count(first) if i % self._streams in self._cursors)
@@ -103,9 +118,14 @@ class Loader:
 
     def _read(self, unit: Unit) -> list[Document]:
         skipped: Counter[str] = Counter()
-        documents = list(read_documents(unit.shard, stripe=unit.stripe, stripes=unit.stripes, skip_bad=self._skip_bad, skipped=skipped))
+        documents = list(
+            read_documents(
+                unit.shard, stripe=unit.stripe, stripes=unit.stripes, skip_bad=self._skip_bad, skipped=skipped
+            )
+        )
         if skipped:
-            self._skipped = {**self._skipped, unit.number: skipped}  # replaced, not changed: the other thread may be reading it
+            # Replaced, not changed: the other thread may be reading it.
+            self._skipped = {**self._skipped, unit.number: skipped}
         return documents
 
     def _encode(self, document: Document) -> list[int]:
@@ -138,7 +158,8 @@ class Loader:
         self._ahead[0].result()
 
     def share(self, first: int, sequences: int, rank: int) -> int:
-        """How many of the global sequences [first, first + sequences) rank `rank` gets. Plain arithmetic, the same on every rank."""
+        """How many of the global sequences [first, first + sequences) rank `rank` gets. Plain arithmetic, the same on
+        every rank."""
 
         def below(end: int) -> int:
             rounds, rest = divmod(end, self._streams)
@@ -147,24 +168,40 @@ class Loader:
         return below(first + sequences) - below(first)
 
     def position(self) -> dict[str, Any]:
-        """This rank's part of the global position: what `next` has handed out, not what is read ahead. JSON-serialisable; see `merge_positions`."""
-        return {**self._identity, "sequence": self._sequence, "cursors": {str(stream): list(cursor) for stream, cursor in self._cursors.items()}}
+        """This rank's part of the global position: what `next` has handed out, not what is read ahead.
+        JSON-serialisable; see `merge_positions`."""
+        return {
+            **self._identity,
+            "sequence": self._sequence,
+            "cursors": {str(stream): list(cursor) for stream, cursor in self._cursors.items()},
+        }
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go to a position joined by `merge_positions`, saved on any number of ranks.
 
-        Opens nothing; the next `next` opens the units at the cursors, and none before them is read again. Raises UserError where the position was
-        saved with another corpus, tokenizer, seed or number of streams, and where it has no cursor for one of this rank's streams.
+        Opens nothing; the next `next` opens the units at the cursors, and none before them is read again. Raises
+        UserError where the position was saved with another corpus, tokenizer, seed or number of streams, and where it
+        has no cursor for one of this rank's streams.
         """
-        for name, key in (("corpus", "data.train"), ("tokenizer", "parent.path"), ("seed", "seed"), ("streams", "data.streams")):
+        for name, key in (
+            ("corpus", "data.train"),
+            ("tokenizer", "parent.path"),
+            ("seed", "seed"),
+            ("streams", "data.streams"),
+        ):
             if position.get(name) != self._identity[name]:
                 raise UserError(
-                    f"{key}: the run was begun with {name} {position.get(name)}, not {self._identity[name]}; put it back, or use another run_dir"
+                    f"{key}: the run was begun with {name} {position.get(name)}, not {self._identity[name]}; put it "
+                    "back, or use another run_dir"
                 )
         cursors, sequence = position.get("cursors"), position.get("sequence")
         own: list[Any] = [cursors.get(str(stream)) if isinstance(cursors, dict) else None for stream in self._cursors]
-        if type(sequence) is not int or not all(isinstance(cursor, list) and len(cursor) == 4 and set(map(type, cursor)) == {int} for cursor in own):
-            raise UserError("progress.json of the checkpoint: its data position lacks the cursor of a stream; use another run_dir")
+        if type(sequence) is not int or not all(
+            isinstance(cursor, list) and len(cursor) == 4 and set(map(type, cursor)) == {int} for cursor in own
+        ):
+            raise UserError(
+                "progress.json of the checkpoint: its data position lacks the cursor of a stream; use another run_dir"
+            )
         self._start(sequence, {stream: Cursor(*cursor) for stream, cursor in zip(self._cursors, own, strict=True)})
 
     @property
@@ -174,7 +211,8 @@ class Loader:
 
     @property
     def bad_documents(self) -> dict[str, int]:
-        """Documents passed over so far, by reason, in what this loader has read (and read ahead), each once however many epochs there are."""
+        """Documents passed over so far, by reason, in what this loader has read (and read ahead), each once however
+        many epochs there are."""
         return dict(sum(self._skipped.values(), Counter()))
 
     def close(self) -> None:
@@ -184,9 +222,13 @@ class Loader:
 
 
 def merge_positions(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The global position out of the ranks' parts. Raises ValueError where they do not stand at the same global sequence of the same streams."""
+    """The global position out of the ranks' parts. Raises ValueError where they do not stand at the same global
+    sequence of the same streams."""
     cursors = {stream: cursor for part in parts for stream, cursor in part["cursors"].items()}
     merged = {**parts[0], "cursors": dict(sorted(cursors.items(), key=lambda item: int(item[0])))}
-    if any({**part, "cursors": None} != {**merged, "cursors": None} for part in parts) or len(cursors) != merged["streams"]:
+    if (
+        any({**part, "cursors": None} != {**merged, "cursors": None} for part in parts)
+        or len(cursors) != merged["streams"]
+    ):
         raise ValueError("these positions are not the parts of one: another global sequence, or streams missing")
     return merged

@@ -10,8 +10,8 @@ from typing import BinaryIO
 import zstandard
 from huggingface_hub.errors import HfHubHTTPError
 
-# What a failing disk, network or hub raises. The HTTP client's own error class changes between versions of the hub library, but is always a base of
-# HfHubHTTPError.
+# What a failing disk, network or hub raises. The HTTP client's own error class changes between versions of the hub
+# library, but is always a base of HfHubHTTPError.
 READ_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
 # What reading raises where the compressed bytes stop short or are damaged.
 DAMAGED: tuple[type[BaseException], ...] = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
@@ -23,7 +23,8 @@ _READ_BYTES = 1 << 17
 def open_shard(shard: str) -> Iterator[Iterable[bytes]]:
     """The lines of a shard, decompressed by its suffix (.gz, .zst, else none).
 
-    Raises READ_ERRORS where it cannot be opened or read (FileNotFoundError where it is gone), one of DAMAGED while reading where it is cut short.
+    Raises READ_ERRORS where it cannot be opened or read (FileNotFoundError where it is gone), one of DAMAGED while
+    reading where it is cut short.
     """
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(_open_bytes(shard))
@@ -38,13 +39,15 @@ def open_shard(shard: str) -> Iterator[Iterable[bytes]]:
 def _open_bytes(shard: str) -> BinaryIO:
     if not shard.startswith("hf://"):
         return open(shard, "rb")
-    from datasets.utils.file_utils import xopen  # streams, and retries where the connection drops; imported here as it takes seconds
+    # Streams, and retries where the connection drops; imported here as it takes seconds.
+    from datasets.utils.file_utils import xopen
 
     return xopen(shard, "rb")
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of all frames of `source`. zstandard's own reader takes a file that is cut short for a shorter one; this raises EOFError."""
+    """Decompressed bytes of all frames of `source`. zstandard's own reader takes a file that is cut short for a shorter
+    one; this raises EOFError."""
 
     def __init__(self, source: BinaryIO):
         self._chunks = _zstd_chunks(source)

@@ -1,4 +1,5 @@
-"""Which shards of a corpus are of which split, by the names of folders and files, as Hugging Face's `datasets` has it."""
+"""Which shards of a corpus are of which split, by the names of folders and files, as Hugging Face's `datasets` has
+it."""
 
 import re
 from collections.abc import Sequence

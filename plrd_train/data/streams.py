@@ -1,4 +1,5 @@
-"""One canonical stream: endless documents, ordered by (seed, epoch) alone and cut into packed sequences, with a cursor to come back to."""
+"""One canonical stream: endless documents, ordered by (seed, epoch) alone and cut into packed sequences, with a cursor
+to come back to."""
 
 import itertools
 from collections import Counter
@@ -14,7 +15,8 @@ _UNIT_ORDER, _DOCUMENT_ORDER = 0, 1  # keep the two families of permutations apa
 
 
 class Unit(NamedTuple):
-    """What is loaded and shuffled at once: the lines of one shard whose index is `stripe` modulo `stripes`. `number` is its place in the corpus."""
+    """What is loaded and shuffled at once: the lines of one shard whose index is `stripe` modulo `stripes`. `number` is
+    its place in the corpus."""
 
     number: int
     shard: str
@@ -23,7 +25,8 @@ class Unit(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """A place in a stream: epoch, index in that epoch's order of units, index in the shuffled unit, and tokens of that document already read."""
+    """A place in a stream: epoch, index in that epoch's order of units, index in the shuffled unit, and tokens of that
+    document already read."""
 
     epoch: int
     unit: int
@@ -45,8 +48,8 @@ START = Cursor(0, 0, 0, 0)
 def deal_units(shards: Sequence[str], streams: int) -> list[list[Unit]]:
     """The units of each stream: unit u goes to stream u mod `streams`.
 
-    Where there are fewer shards than streams each shard is split into ceil(streams / shards) stripes, so that each stream has one unit at least, and
-    neighbouring streams read different shards.
+    Where there are fewer shards than streams each shard is split into ceil(streams / shards) stripes, so that each
+    stream has one unit at least, and neighbouring streams read different shards.
     """
     stripes = -(-streams // len(shards))
     units = [Unit(u, shards[u % len(shards)], u // len(shards), stripes) for u in range(len(shards) * stripes)]
@@ -58,9 +61,11 @@ def _permutation(count: int, *key: int) -> np.ndarray:
 
 
 class Stream:
-    """Reads stream `index`, made of `units`, from `cursor` on. Nothing is opened before the first `take`, and then only the unit at the cursor.
+    """Reads stream `index`, made of `units`, from `cursor` on. Nothing is opened before the first `take`, and then only
+    the unit at the cursor.
 
-    `load` gives the documents of a unit, all of which are held in memory until the stream moves on; `encode` gives the token ids of a document.
+    `load` gives the documents of a unit, all of which are held in memory until the stream moves on; `encode` gives the
+    token ids of a document.
     """
 
     def __init__(
@@ -79,7 +84,8 @@ class Stream:
         self._domain = ""
 
     def take(self, length: int) -> Packed:
-        """The next `length` tokens. Raises UserError as `read_documents` does, and where a whole epoch holds no token."""
+        """The next `length` tokens. Raises UserError as `read_documents` does, and where a whole epoch holds no
+        token."""
         tokens = np.empty(length, dtype=np.int64)
         domains: Counter[str] = Counter()
         filled = 0
@@ -95,7 +101,8 @@ class Stream:
         return Packed(tokens, dict(domains), self._cursor)
 
     def _read(self, start: Cursor) -> Iterator[tuple[Cursor, str, np.ndarray]]:
-        """Each document from `start` on, with the cursor at which to begin it: its head, but for the first `start.offset` tokens of the first."""
+        """Each document from `start` on, with the cursor at which to begin it: its head, but for the first
+        `start.offset` tokens of the first."""
         for epoch in itertools.count(start.epoch):
             found = any(start[1:])  # an epoch entered halfway may well hold nothing more
             order = _permutation(len(self._units), _UNIT_ORDER, self._seed, epoch, self._index)
@@ -112,6 +119,7 @@ class Stream:
                     start = START
             if not found:
                 raise UserError(
-                    f"{self._units[0].shard} and the other shards of data stream {self._index} hold no text: the corpus has too few documents "
+                    f"{self._units[0].shard} and the other shards of data stream {self._index} hold no text: the "
+                    "corpus has too few documents "
                     "for so many streams; lower data.streams or give more text"
                 )

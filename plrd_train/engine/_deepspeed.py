@@ -1,4 +1,5 @@
-"""DeepSpeed's ZeRO-3 as `zero3.py` needs it: started without a compiler, models partitioned as they are built, and ended without a trace."""
+"""DeepSpeed's ZeRO-3 as `zero3.py` needs it: started without a compiler, models partitioned as they are built, and
+ended without a trace."""
 
 import importlib
 import inspect
@@ -15,7 +16,7 @@ from torch import nn
 
 from plrd_train.engine import Architecture
 from plrd_train.errors import UserError
-from plrd_train.world import World
+from plrd_train.runtime.world import World
 
 
 def prepare(world: World) -> None:
@@ -29,7 +30,8 @@ def prepare(world: World) -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # one for each collective that DeepSpeed calls
+    # One for each collective that DeepSpeed calls.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, or fails where no compiler is
     deepspeed.init_distributed(dist_backend=deepspeed.get_accelerator().communication_backend_name(), verbose=False)
 
@@ -38,29 +40,35 @@ def _import() -> None:
     try:
         importlib.import_module("deepspeed")
     except ImportError:
-        raise UserError("engine=zero3: DeepSpeed is not installed here; pip install 'plrd-train[zero3]', or choose engine=fsdp") from None
+        raise UserError(
+            "engine=zero3: DeepSpeed is not installed here; pip install 'plrd-train[zero3]', or choose engine=fsdp"
+        ) from None
 
 
 def check_nvme(keys: Sequence[str]) -> None:
-    """Raise UserError, which names these `keys` of the engine, where this node cannot compile what DeepSpeed reads and writes NVMe with. Not a
-    collective."""
+    """Raise UserError, which names these `keys` of the engine, where this node cannot compile what DeepSpeed reads and
+    writes NVMe with. Not a collective."""
     from deepspeed.accelerator import get_accelerator
 
     if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
         raise UserError(
-            f"engine.{' and engine.'.join(keys)}: nvme needs DeepSpeed's async_io, which is compiled on each node with the headers of libaio "
+            f"engine.{' and engine.'.join(keys)}: nvme needs DeepSpeed's async_io, which is compiled on each node "
+            "with the headers of libaio "
             "(Debian's libaio-dev); without them choose cpu"
         )
 
 
 def build(architecture: Architecture, dtype: torch.dtype, config: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """The model of `architecture` with partitioned parameters of `dtype`, whose values are undefined; never more than one of them is whole."""
+    """The model of `architecture` with partitioned parameters of `dtype`, whose values are undefined; never more than
+    one of them is whole."""
     from deepspeed.runtime.zero import Init
 
     with torch.device("meta"):
         model = architecture.build()
     for module in model.modules():
-        module._buffers.update({name: b if b is None else torch.empty_like(b, device=device) for name, b in module._buffers.items()})
+        module._buffers.update(
+            {name: b if b is None else torch.empty_like(b, device=device) for name, b in module._buffers.items()}
+        )
     architecture.refill(model)
     partitioned: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
     convert = Init(module=nn.Module(), config_dict_or_path=dict(config), param_swapper=_swapper(model, dtype, config))
@@ -80,7 +88,11 @@ def _swapper(model: nn.Module, dtype: torch.dtype, config: Mapping[str, Any]) ->
         return None
     from plrd_train.engine._nvme import Swapper  # imports DeepSpeed
 
-    return Swapper(config, dtype, largest=max(math.ceil(parameter.numel() / dist.get_world_size()) for parameter in model.parameters()))
+    return Swapper(
+        config,
+        dtype,
+        largest=max(math.ceil(parameter.numel() / dist.get_world_size()) for parameter in model.parameters()),
+    )
 
 
 def in_file(parameter: Any) -> bool:
@@ -89,7 +101,8 @@ def in_file(parameter: Any) -> bool:
 
 
 def forget(parameters: Iterable[Any]) -> None:
-    """Let go of what was read ahead and not used: DeepSpeed's step updates a slice that is in memory there alone, and not in its file.
+    """Let go of what was read ahead and not used: DeepSpeed's step updates a slice that is in memory there alone, and
+    not in its file.
 
     No parameter may be whole.
     """
@@ -100,20 +113,26 @@ def forget(parameters: Iterable[Any]) -> None:
 
 
 def make_states(optimizer: Any, inner: torch.optim.AdamW, steps: int, moments: tuple[str, ...]) -> None:
-    """Give `inner`, the AdamW below the ZeRO-3 `optimizer`, the states that it has after `steps` steps, with `moments` of zero."""
+    """Give `inner`, the AdamW below the ZeRO-3 `optimizer`, the states that it has after `steps` steps, with `moments`
+    of zero."""
     for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         swapped = optimizer._swappable_optimizer_subgroup(i)  # on NVMe
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        inner.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **{moment: torch.zeros_like(flat) for moment in moments}}
+        inner.state[flat] = {
+            "step": torch.tensor(float(steps), device=flat.device),
+            **{moment: torch.zeros_like(flat) for moment in moments},
+        }
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(i)
 
 
 def end(engine: Any) -> None:
-    """Undo what keeps `engine`, a DeepSpeedEngine, and its model alive once the caller has let go of them: it must then collect the garbage.
+    """Undo what keeps `engine`, a DeepSpeedEngine, and its model alive once the caller has let go of them: it must then
+    collect the garbage.
 
-    `destroy` alone leaves both in a list of root modules and in a cache. Nothing, where the process group has ended: then the process is about to.
+    `destroy` alone leaves both in a list of root modules and in a cache. Nothing, where the process group has ended:
+    then the process is about to.
     """
     if not dist.is_initialized():
         return

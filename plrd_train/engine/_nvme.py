@@ -1,8 +1,9 @@
 """Slices of parameters in files: DeepSpeed's swapper (0.19), as `_deepspeed.build` gives it to a model's parameters.
 
-DeepSpeed keeps a slice in one of a few buffers for as long as its parameter is whole, asserts when all of them are taken, asks for a parameter twice
-when reading ahead, and on one CPU lets a whole parameter be its buffer. Here a slice that was read is copied out of its buffer at once. A write goes
-through a buffer of the largest slice, where DeepSpeed takes one of all the parameters of a sub-group, unsharded.
+DeepSpeed keeps a slice in one of a few buffers for as long as its parameter is whole, asserts when all of them are
+taken, asks for a parameter twice when reading ahead, and on one CPU lets a whole parameter be its buffer. Here a slice
+that was read is copied out of its buffer at once. A write goes through a buffer of the largest slice, where DeepSpeed
+takes one of all the parameters of a sub-group, unsharded.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,12 +11,16 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper, PartitionedParamStatus
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
+    AsyncPartitionedParameterSwapper,
+    PartitionedParamStatus,
+)
 from torch import Tensor
 
 
 class Swapper(AsyncPartitionedParameterSwapper):
-    """Slices of `dtype`, of at most `largest` elements. Those below 1 MiB are never given to it: DeepSpeed keeps them in memory."""
+    """Slices of `dtype`, of at most `largest` elements. Those below 1 MiB are never given to it: DeepSpeed keeps them
+    in memory."""
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, largest: int):
         settings = DeepSpeedConfig(dict(config))
@@ -41,7 +46,8 @@ class Swapper(AsyncPartitionedParameterSwapper):
 
     def remove_partition_and_release_buffers(self, params: Iterable[Any]) -> None:
         super().remove_partition_and_release_buffers(params)
-        for parameter in params:  # what sets masters and moments compares their length with the slice's, also when that is in its file
+        # What sets masters and moments compares their length with the slice's, also when that is in its file.
+        for parameter in params:
             parameter.ds_tensor.data = self._absent.expand(parameter.ds_tensor.ds_numel)
 
     def reserve_partitioned_swap_space(self, partition_num_elems: Sequence[int]) -> None:

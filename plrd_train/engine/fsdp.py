@@ -1,4 +1,5 @@
-"""`engine=fsdp`: PyTorch FSDP2. Every parameter is a DTensor sharded by rows over the ranks; with `replicas` > 1, HSDP."""
+"""`engine=fsdp`: PyTorch FSDP2. Every parameter is a DTensor sharded by rows over the ranks; with `replicas` > 1,
+HSDP."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -12,16 +13,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from plrd_train.compress.blocks import blocks_of
+from plrd_train.compress.rounds import Decomposed
 from plrd_train.engine import MOMENTS, AdamW, Architecture, Moments, Weights, check_shape, put_factors
-from plrd_train.lowrank.distributed import Decomposed
-from plrd_train.lowrank.walk import blocks_of
-from plrd_train.world import SharedError, World
+from plrd_train.runtime.world import SharedError, World
 
 
 @dataclass(frozen=True)
 class Options:
-    """`dtype` is that of the matrix products: bf16 (gradients reduced in float32, float32 masters) or fp32. `replicas` groups of ranks each hold the
-    whole sharded model (HSDP: shard inside a node, replicate across). `compile` compiles each block."""
+    """`dtype` is that of the matrix products: bf16 (gradients reduced in float32, float32 masters) or fp32. `replicas`
+    groups of ranks each hold the whole sharded model (HSDP: shard inside a node, replicate across). `compile` compiles
+    each block."""
 
     dtype: Literal["bf16", "fp32"]
     replicas: int
@@ -38,13 +40,16 @@ def open_engine(options: Options, world: World) -> "FSDP":
 
 
 class FSDP:
-    """The protocol `plrd_train.engine.Engine` over FSDP2. Parameters and optimizer states are float32 shards; the matrix products run in `dtype`."""
+    """The protocol `plrd_train.engine.Engine` over FSDP2. Parameters and optimizer states are float32 shards; the
+    matrix products run in `dtype`."""
 
     model: nn.Module
 
     def __init__(self, options: Options, world: World):
         if world.size % options.replicas:
-            raise SharedError(f"engine.replicas={options.replicas} does not divide the {world.size} ranks: choose a divisor")
+            raise SharedError(
+                f"engine.replicas={options.replicas} does not divide the {world.size} ranks: choose a divisor"
+            )
         self.options, self.world = options, world
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         shape = (options.replicas, world.size // options.replicas)
@@ -89,7 +94,9 @@ class FSDP:
         with torch.device("meta"):
             model = architecture.build()
         mixed = (
-            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if self.options.dtype == "bf16" else MixedPrecisionPolicy()
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            if self.options.dtype == "bf16"
+            else MixedPrecisionPolicy()
         )
         for block in blocks_of(model).values():  # the units that are sharded, checkpointed and compiled
             if self.options.compile:
@@ -103,7 +110,8 @@ class FSDP:
         return model.requires_grad_(True)
 
     def _reshard(self) -> None:
-        """Free the gathered parameters that a forward without a backward leaves behind, so that `to_local` is the shard again."""
+        """Free the gathered parameters that a forward without a backward leaves behind, so that `to_local` is the shard
+        again."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -164,7 +172,10 @@ class FSDP:
         self._reshard()  # else the optimizer would get, and step, the gathered copies that an evaluation left behind
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": optimizer.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         if moments is None:
             return
@@ -183,7 +194,8 @@ class FSDP:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        # A fused optimizer leaves the step out on the device, as gradient scalers need it: nothing waits for the verdict here.
+        # A fused optimizer leaves the step out on the device, as gradient scalers need it: nothing waits for the
+        # verdict here.
         self._optimizer.found_inf = (refuse | ~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -218,13 +230,26 @@ class FSDP:
 
         def shard(parameter: DTensor, moment: str) -> Tensor:
             state = self._optimizer.state.get(parameter)  # type: ignore[union-attr]
-            return state[moment].to_local().to("cpu", copy=True) if state else torch.zeros_like(parameter.to_local(), device="cpu")
+            return (
+                state[moment].to_local().to("cpu", copy=True)
+                if state
+                else torch.zeros_like(parameter.to_local(), device="cpu")
+            )
 
-        return {moment: {name: shard(parameter, moment) for name, parameter in self._parameters()} for moment in MOMENTS}
+        return {
+            moment: {name: shard(parameter, moment) for name, parameter in self._parameters()} for moment in MOMENTS
+        }
 
     def sharded(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         placements = [Replicate(), Shard(0)]
         return {
-            name: DTensor.from_local(shards[name], self._host_mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+            name: DTensor.from_local(
+                shards[name],
+                self._host_mesh,
+                placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
             for name, parameter in self._parameters()
         }

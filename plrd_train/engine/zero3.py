@@ -1,4 +1,5 @@
-"""`engine=zero3`: DeepSpeed ZeRO-3. Every parameter is flattened and cut into equal slices, one a rank, the last ones padded with zeros."""
+"""`engine=zero3`: DeepSpeed ZeRO-3. Every parameter is flattened and cut into equal slices, one a rank, the last ones
+padded with zeros."""
 
 import gc
 import math
@@ -15,16 +16,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from plrd_train.compress.rounds import Decomposed
 from plrd_train.engine import MOMENTS, AdamW, Architecture, Moments, Weights, _deepspeed, check_shape, put_factors
-from plrd_train.lowrank.distributed import Decomposed
-from plrd_train.world import World
+from plrd_train.runtime.world import World
 
 
 @dataclass(frozen=True)
 class Options:
-    """`dtype` is that of parameters and matrix products: bf16 (gradients reduced in float32, float32 masters) or fp32. `offload_optimizer` is
-    where the float32 masters and optimizer states stay; `offload_params` is where the slices of the parameters stay while they are not needed; nvme:
-    in files below `nvme_path`, what is smaller than 1 MiB in host memory. The sizes are DeepSpeed's settings of these names, in elements."""
+    """`dtype` is that of parameters and matrix products: bf16 (gradients reduced in float32, float32 masters) or fp32.
+    `offload_optimizer` is where the float32 masters and optimizer states stay; `offload_params` is where the slices of
+    the parameters stay while they are not needed; nvme: in files below `nvme_path`, what is smaller than 1 MiB in host
+    memory. The sizes are DeepSpeed's settings of these names, in elements."""
 
     dtype: Literal["bf16", "fp32"]
     activation_checkpointing: bool
@@ -56,7 +58,8 @@ def open_engine(options: Options, world: World) -> "Zero3":
 
 
 class Zero3:
-    """The protocol `plrd_train.engine.Engine` over DeepSpeed ZeRO-3. A shard is a rank's flat float32 slice of a parameter, padding included."""
+    """The protocol `plrd_train.engine.Engine` over DeepSpeed ZeRO-3. A shard is a rank's flat float32 slice of a
+    parameter, padding included."""
 
     model: Any  # a Hugging Face model
 
@@ -67,9 +70,14 @@ class Zero3:
         self._mesh = init_device_mesh("cpu", (world.size,))
         self._deepspeed: Any = None  # the DeepSpeedEngine; there is one from the first load on
         self._free: Callable[[], object] = lambda: None
-        kinds = {"offload_optimizer": "optimizer", "offload_params": {"bf16": "bfloat16params", "fp32": "float32params"}[options.dtype]}
+        kinds = {
+            "offload_optimizer": "optimizer",
+            "offload_params": {"bf16": "bfloat16params", "fp32": "float32params"}[options.dtype],
+        }
         # Where DeepSpeed puts the files.
-        self._swapped = [Path(options.nvme_path or "") / "zero_stage_3" / kinds[key] / f"rank{world.rank}" for key in options.on_nvme]
+        self._swapped = [
+            Path(options.nvme_path or "") / "zero_stage_3" / kinds[key] / f"rank{world.rank}" for key in options.on_nvme
+        ]
         for folder in self._swapped:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
@@ -84,11 +92,16 @@ class Zero3:
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
                 "stage": 3,
-                "offload_optimizer": {"device": options.offload_optimizer, "nvme_path": options.nvme_path, "pin_memory": pinned},
+                "offload_optimizer": {
+                    "device": options.offload_optimizer,
+                    "nvme_path": options.nvme_path,
+                    "pin_memory": pinned,
+                },
                 "offload_param": {
                     "device": options.offload_params,
                     "nvme_path": options.nvme_path,
-                    "max_in_cpu": 0,  # by default the slices of a billion elements stay in memory and none of them is in a file
+                    # by default the slices of a billion elements stay in memory and none of them is in a file
+                    "max_in_cpu": 0,
                     "pin_memory": pinned,
                 },
                 "reduce_bucket_size": options.reduce_bucket_size,
@@ -129,9 +142,15 @@ class Zero3:
         if self.options.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         parameters = [parameter for _, parameter in self._parameters()]
-        groups = [{"params": [p for p in parameters if len(p.ds_shape) > 1]}, {"params": [p for p in parameters if len(p.ds_shape) <= 1]}]
-        self._deepspeed, *_ = deepspeed.initialize(model=self.model, optimizer=torch.optim.AdamW(groups, lr=0.0, fused=True), config=config)
-        self._free = free = weakref.finalize(self, _deepspeed.end, self._deepspeed)  # another engine may follow this one in the same process
+        groups = [
+            {"params": [p for p in parameters if len(p.ds_shape) > 1]},
+            {"params": [p for p in parameters if len(p.ds_shape) <= 1]},
+        ]
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=self.model, optimizer=torch.optim.AdamW(groups, lr=0.0, fused=True), config=config
+        )
+        # Another engine may follow this one in the same process.
+        self._free = free = weakref.finalize(self, _deepspeed.end, self._deepspeed)
         free.atexit = False  # the process group has ended then
 
     def _end(self) -> None:
@@ -143,7 +162,8 @@ class Zero3:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
-        """The partitioned parameters, tied ones once: DeepSpeed gives each its `ds_shape`, `ds_numel` and `ds_tensor`."""
+        """The partitioned parameters, tied ones once: DeepSpeed gives each its `ds_shape`, `ds_numel` and
+        `ds_tensor`."""
         return self.model.named_parameters()
 
     # One weight to one rank, and back
@@ -235,7 +255,8 @@ class Zero3:
             parameter.ds_tensor.data.copy_(shard)
 
     def _publish(self) -> None:
-        """Drop parameters that are whole at the moment, and slices that were read ahead: they are gathered anew from the shards."""
+        """Drop parameters that are whole at the moment, and slices that were read ahead: they are gathered anew from
+        the shards."""
         self._deepspeed.empty_partition_cache()
         _deepspeed.forget(parameter for _, parameter in self._parameters())
 
@@ -258,9 +279,15 @@ class Zero3:
     def moments(self) -> dict[str, dict[str, Tensor]]:
         optimizer = self._deepspeed.optimizer
         if not self._deepspeed.basic_optimizer.state:
-            return {moment: {name: torch.zeros(self._chunk(p.ds_shape)) for name, p in self._parameters()} for moment in MOMENTS}
+            return {
+                moment: {name: torch.zeros(self._chunk(p.ds_shape)) for name, p in self._parameters()}
+                for moment in MOMENTS
+            }
         return {
-            moment: {name: optimizer.get_local_fp32_param(p, moment).to("cpu", copy=True) for name, p in self._parameters()} for moment in MOMENTS
+            moment: {
+                name: optimizer.get_local_fp32_param(p, moment).to("cpu", copy=True) for name, p in self._parameters()
+            }
+            for moment in MOMENTS
         }
 
     def sharded(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,5 +295,7 @@ class Zero3:
         for name, parameter in self._parameters():
             start, stop = self._slice(parameter.ds_shape)
             size = torch.Size([parameter.ds_numel])
-            tensors[name] = DTensor.from_local(shards[name][: stop - start], self._mesh, [Shard(0)], run_check=False, shape=size, stride=(1,))
+            tensors[name] = DTensor.from_local(
+                shards[name][: stop - start], self._mesh, [Shard(0)], run_check=False, shape=size, stride=(1,)
+            )
         return tensors

@@ -1,4 +1,5 @@
-"""What the passes over calibration text take from which a stage is factored, traced on the meta device (`plrd_train.plan.trace`)."""
+"""What the passes over calibration text take from which a stage is factored, traced on the meta device
+(`plrd_train.plan.trace`)."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -10,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plrd_train.config import Config
-from plrd_train.lowrank.calibration import collect
-from plrd_train.lowrank.distributed import owners
-from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.walk import blocks_of
+from plrd_train.compress.blocks import blocks_of
+from plrd_train.compress.calibration import collect
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import owners
+from plrd_train.config.schema import Config
 from plrd_train.plan.trace import Event, computing_in, trace_evaluation
 
 
 @dataclass(frozen=True)
 class Window:
-    """A pass for the statistics of the Linears `names`: its events, the bytes of the `sums` that grow meanwhile, and of the statistics that each rank
-    `owns` afterwards. The windows of a model are all about alike: this is the first."""
+    """A pass for the statistics of the Linears `names`: its events, the bytes of the `sums` that grow meanwhile, and of
+    the statistics that each rank `owns` afterwards. The windows of a model are all about alike: this is the first."""
 
     names: tuple[str, ...]
     events: Sequence[Event]
@@ -31,8 +32,8 @@ class Window:
 
 @dataclass(frozen=True)
 class Walk:
-    """Bytes of a walk through the blocks in float32 on one rank: the hidden `states` of its text, the activations of a block that `runs` on a batch,
-    and what a block `keeps` of a batch where it is to be differentiated."""
+    """Bytes of a walk through the blocks in float32 on one rank: the hidden `states` of its text, the activations of a
+    block that `runs` on a batch, and what a block `keeps` of a batch where it is to be differentiated."""
 
     states: int
     runs: int
@@ -41,21 +42,26 @@ class Walk:
 
 @dataclass(frozen=True)
 class Text:
-    """The passes that factoring a model begins with: for statistics, for losses, and block by block. None: there is no such pass."""
+    """The passes that factoring a model begins with: for statistics, for losses, and block by block. None: there is no
+    such pass."""
 
     window: Window | None = None
     measuring: Sequence[Event] | None = None
     walk: Walk | None = None
 
 
-def passes(config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape], todo: Collection[str], world_size: int) -> Text:
-    """Those before the Linears `todo` of `model` are factored, `shapes` being all that may be. `model` is in evaluation, and computes as in the
-    engine."""
+def passes(
+    config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape], todo: Collection[str], world_size: int
+) -> Text:
+    """Those before the Linears `todo` of `model` are factored, `shapes` being all that may be. `model` is in
+    evaluation, and computes as in the engine."""
     needs, found = config.compressor().needs(), Text()
     if not todo:
         return found
     if needs.statistics is not None:
-        found = dataclasses.replace(found, window=_window(config, model, shapes, shapes if needs.spectra else todo, world_size))
+        found = dataclasses.replace(
+            found, window=_window(config, model, shapes, shapes if needs.spectra else todo, world_size)
+        )
     if needs.losses:
         batch = _batches(config, config.ranks.tokens, world_size)[0]
         found = dataclasses.replace(found, measuring=trace_evaluation(model, lambda model: _loss(model, batch)))
@@ -65,7 +71,9 @@ def passes(config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape], 
     return found
 
 
-def _window(config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape], names: Collection[str], world_size: int) -> Window:
+def _window(
+    config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape], names: Collection[str], world_size: int
+) -> Window:
     method, first = config.factorizer.settings, list[Any]()
     batch = _batches(config, method.calibration_tokens, world_size)[0]
 
@@ -74,11 +82,20 @@ def _window(config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape],
 
     events = trace_evaluation(model, look)
     ((part, statistics),) = first
-    begin = max(i for i, event in enumerate(events) if (event.kind, event.name) == ("forward", ""))  # before it two tokens told the inputs apart
+    # Before it two tokens told the inputs apart.
+    begin = max(i for i, event in enumerate(events) if (event.kind, event.name) == ("forward", ""))
     sums = _size(statistics, part)
-    passing = [dataclasses.replace(event, peak=max(event.peak - sums, 0), live=max(event.live - sums, 0)) for event in events[begin:]]
+    passing = [
+        dataclasses.replace(event, peak=max(event.peak - sums, 0), live=max(event.live - sums, 0))
+        for event in events[begin:]
+    ]
     owner = owners(shapes, part, world_size)
-    return Window(tuple(part), passing, sums, [_size(statistics, [name for name in part if owner[name] == rank]) for rank in range(world_size)])
+    return Window(
+        tuple(part),
+        passing,
+        sums,
+        [_size(statistics, [name for name in part if owner[name] == rank]) for rank in range(world_size)],
+    )
 
 
 def _walk(config: Config, model: PreTrainedModel, world_size: int) -> Walk:
@@ -92,12 +109,16 @@ def _walk(config: Config, model: PreTrainedModel, world_size: int) -> Walk:
             run(model)
 
     runs, names = max(event.peak for event in trace_evaluation(model, run)), list(blocks_of(model))
-    ends = [event.live for event in trace_evaluation(model, run_and_keep) if event.kind == "forwarded" and event.name in names]
+    ends = [
+        event.live
+        for event in trace_evaluation(model, run_and_keep)
+        if event.kind == "forwarded" and event.name in names
+    ]
     return Walk(states[0].nbytes * sum(map(len, batches)) // len(batches[0]), runs, ends[-1] // len(names))
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """As plrd_train.lowrank.sensitivity computes it."""
+    """As plrd_train.compress.sensitivity computes it."""
     logits = model(input_ids=ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
@@ -105,7 +126,9 @@ def _loss(model: nn.Module, ids: Tensor) -> Tensor:
 def _batches(config: Config, tokens: int | None, world_size: int) -> Sequence[Tensor]:
     """The first rank's part of `tokens` tokens of text."""
     sequences = -(-((tokens or 0) // config.data.seq_len) // world_size)
-    return torch.zeros(sequences, config.data.seq_len, dtype=torch.long, device="meta").split(config.recover.micro_batch)
+    return torch.zeros(sequences, config.data.seq_len, dtype=torch.long, device="meta").split(
+        config.recover.micro_batch
+    )
 
 
 def _size(statistics: Mapping[str, Tensor], names: Collection[str]) -> int:

@@ -1,4 +1,5 @@
-"""What a run costs beside memory: floating-point operations, hours, disk, and the time that a stop needs. Each assumption is a field of Machine."""
+"""What a run costs beside memory: floating-point operations, hours, disk, and the time that a stop needs. Each
+assumption is a field of Machine."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from plrd_train.config import Config
+from plrd_train.config.schema import Config
 from plrd_train.plan.models import Planned, sequences
 from plrd_train.recover.perf import PEAKS, Perf
 
@@ -22,8 +23,9 @@ STOP_MARGIN_S = 60.0  # for the scheduler, which looks at its limits every 30 s,
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run is planned for. `device` is a key of DEVICES or "cpu"; `memory` bytes of one device (None: not known); `mfu` the share of the peak
-    that a training step reaches; `disk` bytes a second that all ranks together write or read."""
+    """Where a run is planned for. `device` is a key of DEVICES or "cpu"; `memory` bytes of one device (None: not
+    known); `mfu` the share of the peak that a training step reaches; `disk` bytes a second that all ranks together
+    write or read."""
 
     world_size: int
     nodes: int
@@ -52,8 +54,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Bytes of the largest checkpoint over all ranks and of `run_dir` at its fullest; seconds to write one and read it back for its checksums, and
-    between the request to stop and the end of the processes, rounded up to ten (without the steps where their speed is not known)."""
+    """Bytes of the largest checkpoint over all ranks and of `run_dir` at its fullest; seconds to write one and read it
+    back for its checksums, and between the request to stop and the end of the processes, rounded up to ten (without the
+    steps where their speed is not known)."""
 
     size: float
     disk: float
@@ -62,7 +65,8 @@ class Checkpoints:
 
 
 def training_flops(config: Config, parent: PreTrainedConfig, model: Planned) -> float:
-    """Forward and backward over the stage's tokens; recomputation by activation checkpointing is not counted, as in `perf/mfu`."""
+    """Forward and backward over the stage's tokens; recomputation by activation checkpointing is not counted, as in
+    `perf/mfu`."""
     return _flops_per_token(parent, model, config.data.seq_len) * model.tokens
 
 
@@ -75,12 +79,16 @@ def evaluation_flops(config: Config, parent: PreTrainedConfig, models: Sequence[
 
 def _flops_per_token(parent: PreTrainedConfig, model: Planned, seq_len: int) -> float:
     text = parent.get_text_config()
-    return Perf.of_model(model.structure.numel, text.num_hidden_layers, text.hidden_size, seq_len, 1, torch.device("cpu")).flops_per_token
+    return Perf.of_model(
+        model.structure.numel, text.num_hidden_layers, text.hidden_size, seq_len, 1, torch.device("cpu")
+    ).flops_per_token
 
 
-def checkpoints(config: Config, parent: PreTrainedConfig, models: Sequence[Planned], machine: Machine, published_width: int) -> Checkpoints:
-    """A stage that is under way is saved with both moments, 12 bytes a parameter, and with its trunk where that trains a branch; its end with the
-    model, and with the member where that is not the trunk."""
+def checkpoints(
+    config: Config, parent: PreTrainedConfig, models: Sequence[Planned], machine: Machine, published_width: int
+) -> Checkpoints:
+    """A stage that is under way is saved with both moments, 12 bytes a parameter, and with its trunk where that trains
+    a branch; its end with the model, and with the member where that is not the trunk."""
     copies = 4 if config.recover.branch else 3
     trained = models if models[0].training else models[1:]
     size = max((4 * copies * model.structure.numel for model in trained), default=0)

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from plrd_train.config import Config
-from plrd_train.lowrank.calibration import KINDS
-from plrd_train.lowrank.distributed import changes, rounds
-from plrd_train.lowrank.ranks import Shape
+from plrd_train.compress.calibration import KINDS
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import changes, rounds
+from plrd_train.config.schema import Config
 from plrd_train.plan.calibration import Text, Walk
 from plrd_train.plan.replay import peak
 from plrd_train.plan.structure import Parts, Structure, add
@@ -18,9 +18,16 @@ Held = tuple[str, str, Parts, Parts]  # a phase, when, and what is held on the d
 
 
 def factoring(
-    config: Config, memory: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], text: Text, world_size: int
+    config: Config,
+    memory: Any,
+    before: Structure,
+    shapes: Mapping[str, Shape],
+    ranks: Mapping[str, int],
+    text: Text,
+    world_size: int,
 ) -> Iterator[Held]:
-    """What is held beside the model `before` while its Linears go from `shapes` to `ranks`, in the order of `plrd_train.lowrank.compressor`."""
+    """What is held beside the model `before` while its Linears go from `shapes` to `ranks`, in the order of
+    `plrd_train.compress.compressor`."""
     method, todo, needs = config.factorizer.settings, changes(shapes, ranks), config.compressor().needs()
     if not todo:
         return
@@ -43,7 +50,11 @@ def factoring(
 def factors(memory: Any, shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> float:
     """Bytes of the first rank's shards of the factors that have these ranks."""
     pairs = ((shapes[name], rank) for name, rank in ranks.items())
-    return sum(4.0 * memory.shard(factor) for shape, rank in pairs for factor in ((shape.out_features, rank), (rank, shape.in_features)))
+    return sum(
+        4.0 * memory.shard(factor)
+        for shape, rank in pairs
+        for factor in ((shape.out_features, rank), (rank, shape.in_features))
+    )
 
 
 def _parted(
@@ -57,7 +68,8 @@ def _parted(
     world_size: int,
     waiting: Parts,
 ) -> Iterator[Held]:
-    """The Linears `names` decomposed window by window, of which the last is the highest, and cut at `ranks`; on the host what is `waiting`."""
+    """The Linears `names` decomposed window by window, of which the last is the highest, and cut at `ranks`; on the
+    host what is `waiting`."""
     window = text.window
     part = window.names if window else tuple(names)
     done = factors(memory, shapes, ranks)
@@ -65,7 +77,9 @@ def _parted(
     if window:
         parts, when = peak(window.events, memory.holder(before, window.events))
         yield "calibrate", when, add(parts, {"factorization": earlier + window.sums}), waiting
-    highest = earlier + in_rounds(memory, method, shapes, part, ranks, world_size, window.owns if window else [0] * world_size)
+    highest = earlier + in_rounds(
+        memory, method, shapes, part, ranks, world_size, window.owns if window else [0] * world_size
+    )
     yield "factor", "", {"factorization": max(highest, done)}, waiting
 
 
@@ -78,12 +92,18 @@ def in_rounds(
     world_size: int,
     statistics: Sequence[float],
 ) -> float:
-    """A rank holds the weight that it decomposes, what that takes, the next weight, which is received meanwhile and then put together, the factors
-    that are done, and its `statistics`. Of these a method counts the one that it works on."""
-    added = [factors(memory, shapes, {name: ranks[name] for name in part if name in ranks}) for part in rounds(shapes, names, world_size)]
+    """A rank holds the weight that it decomposes, what that takes, the next weight, which is received meanwhile and
+    then put together, the factors that are done, and its `statistics`. Of these a method counts the one that it works
+    on."""
+    added = [
+        factors(memory, shapes, {name: ranks[name] for name in part if name in ranks})
+        for part in rounds(shapes, names, world_size)
+    ]
     highest = 0.0
     for own, known in zip(_owned(shapes, names, world_size), statistics, strict=False):
-        for shape, following, done in zip(own, [*map(_weight, own[1:]), 0.0], accumulate(added, initial=0.0), strict=False):
+        for shape, following, done in zip(
+            own, [*map(_weight, own[1:]), 0.0], accumulate(added, initial=0.0), strict=False
+        ):
             working = method.peak_bytes(shape) - _statistic(method, shape) + following
             highest = max(highest, known + done + _weight(shape) + max(_weight(shape), working))
     return highest
@@ -95,16 +115,23 @@ def _owned(shapes: Mapping[str, Shape], names: Collection[str], world_size: int)
     return [[shapes[part[owner]] for part in dealt if owner < len(part)] for owner in range(len(dealt[0]))]
 
 
-def _in_order(memory: Any, method: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], walk: Walk) -> float:
-    """A rank holds a whole block, its text as hidden states, and what one Linear takes. First come the embeddings: as received, and whole. A method
-    that trains a block holds it as it was, too."""
+def _in_order(
+    memory: Any, method: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], walk: Walk
+) -> float:
+    """A rank holds a whole block, its text as hidden states, and what one Linear takes. First come the embeddings: as
+    received, and whole. A method that trains a block holds it as it was, too."""
     sizes = Counter[str]()
     for parameter in before.parameters:
         sizes[parameter.block] += 4 * parameter.numel
     blocks = max(len(sizes) - 1, 1)
-    block, outside = max(size for name, size in sizes.items() if name), max(4 * p.numel for p in before.parameters if not p.block)
+    block, outside = (
+        max(size for name, size in sizes.items() if name),
+        max(4 * p.numel for p in before.parameters if not p.block),
+    )
     pairs = {name: _pair(shapes[name], rank) for name, rank in ranks.items()}
-    one = max(max(method.peak_bytes(shapes[name]), _statistic(method, shapes[name]) + walk.runs) for name in ranks) + max(pairs.values())
+    one = max(
+        max(method.peak_bytes(shapes[name]), _statistic(method, shapes[name]) + walk.runs) for name in ranks
+    ) + max(pairs.values())
     highest = max((2 if method.trains_blocks else 1) * (block + walk.states) + one, 2 * outside + walk.states)
     if method.trains_blocks:
         # A copy of the factors to go back to, their gradients and two moments; the states before and behind the block.
@@ -115,7 +142,11 @@ def _in_order(memory: Any, method: Any, before: Structure, shapes: Mapping[str, 
 
 def _decomposed(method: Any, shape: Shape) -> float:
     """A decomposed weight: itself, the metric, which is as large as the statistic, and the vectors."""
-    return _weight(shape) + _statistic(method, shape) + 4 * min(shape.out_features, shape.in_features, shape.rank or math.inf) ** 2
+    return (
+        _weight(shape)
+        + _statistic(method, shape)
+        + 4 * min(shape.out_features, shape.in_features, shape.rank or math.inf) ** 2
+    )
 
 
 def _weight(shape: Shape) -> float:

@@ -1,10 +1,12 @@
 """Memory of `engine=fsdp`, after the source of torch.distributed.fsdp (2.13) and of plrd_train/engine/fsdp.py.
 
-A rank keeps float32 shards of parameters, gradients and both moments: 16 bytes a parameter over the ranks. Blocks are gathered one by one in the
-dtype of the products, and a gather needs its output twice for a moment: as received, and as parameters. The embeddings, the last norm and lm_head
-are one more unit, the root, which stays gathered from the beginning of a forward to the end of its backward. In a forward the received copy of a
-block lives until the next block is gathered; in a backward the next block is received while one is computed. Gradients of a block are whole, in the
-dtype of the products, until its backward ends; then they are copied to a float32 buffer, which is reduced and lives until the next block is reduced.
+A rank keeps float32 shards of parameters, gradients and both moments: 16 bytes a parameter over the ranks. Blocks are
+gathered one by one in the dtype of the products, and a gather needs its output twice for a moment: as received, and as
+parameters. The embeddings, the last norm and lm_head are one more unit, the root, which stays gathered from the
+beginning of a forward to the end of its backward. In a forward the received copy of a block lives until the next block
+is gathered; in a backward the next block is received while one is computed. Gradients of a block are whole, in the
+dtype of the products, until its backward ends; then they are copied to a float32 buffer, which is reduced and lives
+until the next block is reduced.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,19 +41,24 @@ class Memory:
     def host(self, model: Structure) -> Parts:
         return {}
 
-    def holder(self, model: Structure, events: Sequence[Event], *, accumulated: bool = False, resumed: bool = False) -> "Holder":
+    def holder(
+        self, model: Structure, events: Sequence[Event], *, accumulated: bool = False, resumed: bool = False
+    ) -> "Holder":
         """`accumulated`: a micro-batch before has left its gradients."""
         return Holder(self, model, 4 * self._kept(model) if accumulated else 0.0)
 
     def update(self, model: Structure) -> Parts:
-        """What the optimizer's step holds beside `resident`: the gradients, and the roots of the second moments, of all matrices at once on a GPU
-        (foreach) and one after the other on a CPU."""
+        """What the optimizer's step holds beside `resident`: the gradients, and the roots of the second moments, of all
+        matrices at once on a GPU (foreach) and one after the other on a CPU."""
         matrices = [self.shard(parameter.shape) for parameter in model.parameters if len(parameter.shape) > 1]
-        return {"gradients": 4 * self._kept(model), "optimizer": 4 * (2 * max(matrices) if self.on_cpu else sum(matrices))}
+        return {
+            "gradients": 4 * self._kept(model),
+            "optimizer": 4 * (2 * max(matrices) if self.on_cpu else sum(matrices)),
+        }
 
     def rebuilt(self, old: Structure, new: Structure, factors: float, *, optimizer: bool) -> tuple[Parts, Parts]:
-        """(device, host) while the structure changes: the shards of the new factors, of `factors` bytes, and the old model with its optimizer, whose
-        states go before the new model comes; or with that."""
+        """(device, host) while the structure changes: the shards of the new factors, of `factors` bytes, and the old
+        model with its optimizer, whose states go before the new model comes; or with that."""
         both = {"parameters": 4 * (self._kept(old) + self._kept(new))}
         return largest(self.resident(old, optimizer=optimizer), both) | {"factorization": factors}, {}
 
@@ -63,7 +70,9 @@ class Holder:
         shards, self._width, self._on_cpu = memory.shards, memory.width, memory.on_cpu
         self._elements: dict[str, int] = {}  # of each unit, padded to equal shards
         for parameter in model.parameters:
-            self._elements[parameter.block] = self._elements.get(parameter.block, 0) + memory.shard(parameter.shape) * shards
+            self._elements[parameter.block] = (
+                self._elements.get(parameter.block, 0) + memory.shard(parameter.shape) * shards
+            )
         self._numel = {parameter.name: parameter.numel for parameter in model.parameters}
         self._unit = {parameter.name: parameter.block for parameter in model.parameters}
         self._order = [unit for unit in self._elements if unit != ROOT] + [ROOT]

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from plrd_train.compose import CONF
-from plrd_train.config import Chosen, Config
-from plrd_train.engine import options
+from plrd_train.config.compose import CONF
+from plrd_train.config.schema import Chosen, Config
+from plrd_train.engine import ENGINES
 from plrd_train.plan.report import Plan
 
 Change = Callable[[Config], Config]
@@ -25,19 +25,25 @@ class Mend:
 
 
 def mends(plan: Plan) -> list[Mend]:
-    """The first change of the config that helps a `plan` which does not fit, and the smallest number of ranks that does; neither changes the results
-    but by rounding. Empty where nothing helps."""
+    """The first change of the config that helps a `plan` which does not fit, and the smallest number of ranks that
+    does; neither changes the results but by rounding. Empty where nothing helps."""
     machine = plan.machine
     wider = [replace(machine, world_size=machine.world_size * by, nodes=machine.nodes * by) for by in MORE_RANKS]
     changed = ((change, plan.changed(config, machine)) for change, config in _lighter(plan.config))
-    spread = ((f"{other.world_size} ranks", plan.changed(plan.config, other)) for other in wider if other.world_size <= plan.config.data.streams)
-    first = (next((Mend(change, made.needed) for change, made in tried if made.fits), None) for tried in (changed, spread))
+    spread = (
+        (f"{other.world_size} ranks", plan.changed(plan.config, other))
+        for other in wider
+        if other.world_size <= plan.config.data.streams
+    )
+    first = (
+        next((Mend(change, made.needed) for change, made in tried if made.fits), None) for tried in (changed, spread)
+    )
     return [mend for mend in first if mend]
 
 
 def _lighter(config: Config) -> Iterator[tuple[str, Config]]:
-    """Configs that take less memory, by what they cost: nothing but speed, communication, a third more arithmetic, one by one and together; and then
-    what is on the host: the optimizer's step takes place there."""
+    """Configs that take less memory, by what they cost: nothing but speed, communication, a third more arithmetic, one
+    by one and together; and then what is on the host: the optimizer's step takes place there."""
     settings, basic = config.engine.settings, dict[str, Change]()
     if config.recover.micro_batch > 1:
         basic["recover.micro_batch=1"] = lambda config: _with(config, "recover", micro_batch=1)
@@ -46,7 +52,9 @@ def _lighter(config: Config) -> Iterator[tuple[str, Config]]:
     if getattr(settings, "replicas", 1) > 1:
         basic["engine.replicas=1"] = lambda config: _with_engine(config, replicas=1)
     if not settings.activation_checkpointing:
-        basic["engine.activation_checkpointing=true"] = lambda config: _with_engine(config, activation_checkpointing=True)
+        basic["engine.activation_checkpointing=true"] = lambda config: _with_engine(
+            config, activation_checkpointing=True
+        )
     for change, make in basic.items():
         yield change, make(config)
     lightest = functools.reduce(lambda config, make: make(config), basic.values(), config)
@@ -58,7 +66,8 @@ def _lighter(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _on_host(given: list[str], config: Config) -> Iterator[tuple[str, Config]]:
-    """`config`, which has these changes, with the optimizer on the host, and then with the parameters there, too: by ZeRO-3."""
+    """`config`, which has these changes, with the optimizer on the host, and then with the parameters there, too: by
+    ZeRO-3."""
     if config.engine.name != "zero3":
         given = [change for change in given if change != "engine.replicas=1"] + ["engine=zero3"]
         config = replace(config, engine=_zero3(config.engine.settings))
@@ -81,4 +90,5 @@ def _zero3(settings: Any) -> Chosen:
     """ZeRO-3 by its defaults, which computes as these `settings` of another engine say."""
     values = yaml.safe_load((CONF / "engine" / "zero3.yaml").read_text())
     name = values.pop("name")
-    return Chosen(name, options(name)(**{**values, "dtype": settings.dtype, "activation_checkpointing": settings.activation_checkpointing}))
+    values |= {"dtype": settings.dtype, "activation_checkpointing": settings.activation_checkpointing}
+    return Chosen(name, ENGINES.settings_of(name)(**values))

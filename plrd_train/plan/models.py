@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plrd_train.config import Config
+from plrd_train.compress.compressor import AllocationError
+from plrd_train.compress.ranks import Shape, ratio_of
+from plrd_train.compress.rounds import changes
+from plrd_train.config.schema import Config
 from plrd_train.errors import UserError
-from plrd_train.hub.modeling_plrd import model_ranks
-from plrd_train.hub.models import build_model
-from plrd_train.hub.reach import check_in_order, check_lengths, shapes_of
-from plrd_train.lowrank.compressor import AllocationError
-from plrd_train.lowrank.distributed import changes
-from plrd_train.lowrank.ranks import Shape, ratio_of
+from plrd_train.parents.modeling_plrd import model_ranks
+from plrd_train.parents.models import build_model
+from plrd_train.parents.reach import check_in_order, check_lengths, shapes_of
 from plrd_train.plan.calibration import Text, passes
 from plrd_train.plan.structure import Structure
 from plrd_train.plan.trace import Event, computing_in, trace_evaluation, trace_step
@@ -27,9 +27,10 @@ from plrd_train.plan.trace import Event, computing_in, trace_evaluation, trace_s
 
 @dataclass(frozen=True)
 class Planned:
-    """A model of the run. `name` is its member's, or "parent"; `shapes` are its eligible Linears as they are before it is made, `ranks` those that
-    they get. `training` and `evaluation` are traces of one micro-batch; a parent that is not trained has no training. `text` are the passes over
-    calibration text of the model before it that its factorization begins with."""
+    """A model of the run. `name` is its member's, or "parent"; `shapes` are its eligible Linears as they are before it
+    is made, `ranks` those that they get. `training` and `evaluation` are traces of one micro-batch; a parent that is
+    not trained has no training. `text` are the passes over calibration text of the model before it that its
+    factorization begins with."""
 
     name: str
     ratio_requested: float
@@ -51,8 +52,9 @@ class Planned:
 
 
 def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterator[Planned]:
-    """The parent and the members that the run will make of it, in order. The ranks are those of `ranks=uniform`, which are known before any weight
-    is: other allocations share out the same sum. Raises UserError where the config asks for what cannot be done with this parent."""
+    """The parent and the members that the run will make of it, in order. The ranks are those of `ranks=uniform`, which
+    are known before any weight is: other allocations share out the same sum. Raises UserError where the config asks for
+    what cannot be done with this parent."""
     linears, scratch, path = config.linears, config.parent.scratch, config.parent.path
     ranks = model_ranks(parent)
     model = _on_meta(config, parent, None)
@@ -63,7 +65,15 @@ def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterat
     shapes = shapes_of(model, parent, linears.include, linears.exclude, path, config.form.name)
     now = {name: shape.rank for name, shape in shapes.items() if shape.rank is not None}
     whole = Planned(
-        "parent", 1.0, ratio_of(shapes, now), _linear_params(shapes, now), scratch.tokens if scratch else 0, {}, now, *_parts(model), Text()
+        "parent",
+        1.0,
+        ratio_of(shapes, now),
+        _linear_params(shapes, now),
+        scratch.tokens if scratch else 0,
+        {},
+        now,
+        *_parts(model),
+        Text(),
     )
     yield _traced(config, whole, model, world_size, train=scratch is not None)
     for ratio, tokens in zip(config.stages.ratios, config.stages.budgets(), strict=True):
@@ -75,7 +85,17 @@ def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterat
             text = passes(config, model, shapes, changes(shapes, wanted), world_size)
         ranks = {**ranks, **wanted}
         model = _on_meta(config, parent, ranks)
-        member = Planned(f"{ratio:g}x", ratio, ratio_of(shapes, wanted), _linear_params(shapes, wanted), tokens, shapes, wanted, *_parts(model), text)
+        member = Planned(
+            f"{ratio:g}x",
+            ratio,
+            ratio_of(shapes, wanted),
+            _linear_params(shapes, wanted),
+            tokens,
+            shapes,
+            wanted,
+            *_parts(model),
+            text,
+        )
         yield _traced(config, member, model, world_size, train=True)
         shapes = {name: dataclasses.replace(shape, rank=wanted.get(name, shape.rank)) for name, shape in shapes.items()}
 
@@ -83,7 +103,12 @@ def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterat
 def traced_as(config: Config, world_size: int) -> tuple[Any, ...]:
     """What the traces of the same models differ by."""
     settings, batches = config.engine.settings, (micro_batch(config, world_size), config.evaluation.batch)
-    return settings.dtype, settings.activation_checkpointing, batches, world_size if config.compressor().needs().text else None
+    return (
+        settings.dtype,
+        settings.activation_checkpointing,
+        batches,
+        world_size if config.compressor().needs().text else None,
+    )
 
 
 def micro_batch(config: Config, world_size: int) -> int:
@@ -122,7 +147,8 @@ def _tracing(config: Config, model: PreTrainedModel) -> Iterator[None]:
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"parent {config.parent.path}: {type(model).__name__} does not run on the meta device, so it cannot be planned ({reason})"
+            f"parent {config.parent.path}: {type(model).__name__} does not run on the meta device, so it cannot be "
+            f"planned ({reason})"
         ) from error
 
 
@@ -142,6 +168,6 @@ def _traced(config: Config, planned: Planned, model: PreTrainedModel, world_size
 
 
 def _negative_log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
-    """As plrd_train.evaluation.perplexity computes it."""
+    """As plrd_train.evaluate.perplexity computes it."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

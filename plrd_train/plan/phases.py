@@ -8,27 +8,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plrd_train.config import Config
+from plrd_train.compress import forms
+from plrd_train.compress.packing import Packer
+from plrd_train.compress.rounds import changes
+from plrd_train.config.schema import Config
 from plrd_train.errors import UserError
-from plrd_train.lowrank import forms
-from plrd_train.lowrank.distributed import changes
-from plrd_train.lowrank.packing import Packer
 from plrd_train.plan.factoring import factoring, factors, in_rounds
 from plrd_train.plan.models import Planned, micro_batch, sequences
 from plrd_train.plan.replay import peak
 from plrd_train.plan.structure import Parts, add, total
 
 PUBLISHED_SHARD = 5 * 2**30  # bytes of a member that are put together in host memory before they are written
-# A rank's file of a checkpoint is put together in host memory, and copied once, before it is written (safetensors' `save`, as DCP's writer calls it).
+# A rank's file of a checkpoint is put together in host memory, and copied once, before it is written (safetensors'
+# `save`, as DCP's writer calls it).
 FILE_COPIES = 2
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes by part in the memory of the device and of the host, at the highest moment of a phase of the stage `stage` (a member's name, "parent").
+    """Bytes by part in the memory of the device and of the host, at the highest moment of a phase of the stage `stage`
+    (a member's name, "parent").
 
-    Device parts: parameters (with float32 masters), gradients, optimizer, gathered (parameters that are whole for a while), activations,
-    factorization. Host parts: what engines offload, and snapshots.
+    Device parts: parameters (with float32 masters), gradients, optimizer, gathered (parameters that are whole for a
+    while), activations, factorization. Host parts: what engines offload, and snapshots.
     """
 
     stage: str
@@ -42,12 +44,16 @@ def memory_of(name: str, settings: Any, world_size: int, device: str) -> Any:
     """The memory model of the engine `name`: its file of that name here. Raises UserError where there is none."""
     path = f"plrd_train.plan.{name}"
     if importlib.util.find_spec(path) is None:
-        raise UserError(f"engine={name}: nothing here says what it keeps in memory ({path} is missing); plan with engine=fsdp or engine=zero3")
+        raise UserError(
+            f"engine={name}: nothing here says what it keeps in memory ({path} is missing); plan with engine=fsdp or "
+            "engine=zero3"
+        )
     return importlib.import_module(path).Memory(settings, world_size, device)
 
 
 def phases(config: Config, models: Sequence[Planned], world_size: int, device: str, published: int) -> Iterator[Phase]:
-    """Each phase of the run over `models`, the parent first, in order. `device` is "cpu" or "cuda"; `published` the bytes of a member's parameter."""
+    """Each phase of the run over `models`, the parent first, in order. `device` is "cpu" or "cuda"; `published` the
+    bytes of a member's parameter."""
     memory = memory_of(config.engine.name, config.engine.settings, world_size, device)
     parent = models[0]
     if parent.training:
@@ -56,7 +62,9 @@ def phases(config: Config, models: Sequence[Planned], world_size: int, device: s
     for before, model in itertools.pairwise(models):
         old, trained = before.structure, before is not parent
         resident, host = memory.resident(old, optimizer=trained), memory.host(old)
-        for name, when, on_device, on_host in factoring(config, memory, old, model.shapes, model.ranks, model.text, world_size):
+        for name, when, on_device, on_host in factoring(
+            config, memory, old, model.shapes, model.ranks, model.text, world_size
+        ):
             yield Phase(model.name, name, when, add(resident, on_device), add(host, on_host))
         made = factors(memory, model.shapes, changes(model.shapes, model.ranks))
         yield Phase(model.name, "rebuild", "", *memory.rebuilt(old, model.structure, made, optimizer=trained))
@@ -73,7 +81,10 @@ def _training(config: Config, memory: Any, model: Planned, world_size: int) -> I
     resident = memory.resident(structure, optimizer=True)
     copy = 4 * _kept(memory, model)  # of one of the things that a checkpoint holds
     branch = config.recover.branch > 0
-    host = add(memory.host(structure), {"checkpoint": (3 + FILE_COPIES * (4 if branch else 3)) * copy, "snapshot": copy if branch else 0.0})
+    host = add(
+        memory.host(structure),
+        {"checkpoint": (3 + FILE_COPIES * (4 if branch else 3)) * copy, "snapshot": copy if branch else 0.0},
+    )
     micro_batches = -(-sequences(config) // world_size) / micro_batch(config, world_size)
     settings = {"accumulated": micro_batches > 1}
     parts, when = peak(model.training, memory.holder(structure, model.training, **settings))
@@ -90,8 +101,16 @@ def _packing(config: Config, memory: Any, model: Planned, world_size: int, *, tr
     if not (forms.get(form).PACKS and model.ranks):
         return
     pairs = {name: dataclasses.replace(model.shapes[name], rank=rank) for name, rank in model.ranks.items()}
-    parts = {"factorization": in_rounds(memory, Packer(form), pairs, pairs, model.ranks, world_size, [0.0] * world_size)}
-    yield Phase(model.name, "pack", "", add(memory.resident(model.structure, optimizer=trained), parts), memory.host(model.structure))
+    parts = {
+        "factorization": in_rounds(memory, Packer(form), pairs, pairs, model.ranks, world_size, [0.0] * world_size)
+    }
+    yield Phase(
+        model.name,
+        "pack",
+        "",
+        add(memory.resident(model.structure, optimizer=trained), parts),
+        memory.host(model.structure),
+    )
 
 
 def _evaluation(config: Config, memory: Any, model: Planned, published: int, *, trained: bool) -> Phase:
@@ -103,12 +122,17 @@ def _evaluation(config: Config, memory: Any, model: Planned, published: int, *, 
         saved = 2 if config.recover.branch else 1
         host = add(host, {"snapshot": saved * copy, "checkpoint": FILE_COPIES * saved * copy})
     return Phase(
-        model.name, "evaluate", when, add(memory.resident(model.structure, optimizer=trained), parts), add(memory.host(model.structure), host)
+        model.name,
+        "evaluate",
+        when,
+        add(memory.resident(model.structure, optimizer=trained), parts),
+        add(memory.host(model.structure), host),
     )
 
 
 def _publication(config: Config, memory: Any, model: Planned, published: int, device: str) -> Phase:
-    """Each parameter is put together on the first rank, as received and whole, and then goes to the host, into the file that is being made."""
+    """Each parameter is put together on the first rank, as received and whole, and then goes to the host, into the file
+    that is being made."""
     structure = model.structure
     largest = 4 * max(parameter.numel for parameter in structure.parameters)
     member = min(PUBLISHED_SHARD, published * model.params) + (largest if device == "cuda" else 0)

@@ -16,7 +16,8 @@ class Holder(Protocol):
         ...
 
     def on(self, event: Event) -> Iterable[Parts]:
-        """Take part in `event`: gather, free, reduce. Yields what it holds in between, where that is more than before and after."""
+        """Take part in `event`: gather, free, reduce. Yields what it holds in between, where that is more than before
+        and after."""
         ...
 
 
@@ -40,4 +41,7 @@ def _when(before: Event | None, event: Event) -> str:
         return "in the loss" if before else "at the beginning"
     module = event.name.rpartition(".")[0] if event.kind == "gradient" else event.name
     block = re.match(r".*?\.\d+(?=\.|$)", module)
-    return f"in the {'forward' if event.kind.startswith('forward') else 'backward'} of {block[0] if block else module or 'the model'}"
+    return (
+        f"in the {'forward' if event.kind.startswith('forward') else 'backward'} of "
+        f"{block[0] if block else module or 'the model'}"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from plrd_train.config import Config
+from plrd_train.config.schema import Config
 from plrd_train.plan import cost
 from plrd_train.plan.cost import GB, Checkpoints, Machine
 from plrd_train.plan.models import Planned, planned, traced_as
@@ -28,8 +28,11 @@ class Plan:
     checkpoints: Checkpoints
 
     @classmethod
-    def of(cls, config: Config, parent: PreTrainedConfig, machine: Machine, models: Sequence[Planned] | None = None) -> "Plan":
-        """`models` are those of a plan that traces them alike. Raises UserError where the config cannot be run with this parent on this machine."""
+    def of(
+        cls, config: Config, parent: PreTrainedConfig, machine: Machine, models: Sequence[Planned] | None = None
+    ) -> "Plan":
+        """`models` are those of a plan that traces them alike. Raises UserError where the config cannot be run with
+        this parent on this machine."""
         models, published = models or list(planned(config, parent, machine.world_size)), _dtype(parent).itemsize
         every = list(phases(config, models, machine.world_size, machine.kind, published))
         return cls(config, parent, machine, models, every, cost.checkpoints(config, parent, models, machine, published))
@@ -46,7 +49,10 @@ class Plan:
 
     def highest(self, stage: str | None = None) -> Phase:
         """The phase, of the whole run or of one stage, that takes most of a device."""
-        return max((phase for phase in self.phases if stage in (None, phase.stage)), key=lambda phase: device_bytes(phase, self.machine.kind))
+        return max(
+            (phase for phase in self.phases if stage in (None, phase.stage)),
+            key=lambda phase: device_bytes(phase, self.machine.kind),
+        )
 
     @property
     def peak(self) -> Phase:
@@ -150,18 +156,28 @@ def why(plan: Plan) -> str:
     """Whether it fits, and in a sentence what takes the most memory."""
     peak, machine = plan.peak, plan.machine
     held = peak.device if machine.kind == "cuda" else add(peak.device, peak.host)
-    parts = ", ".join(f"{amount(size)} {name}" for name, size in sorted(held.items(), key=lambda item: -item[1]) if size >= total(held) / 1000)
+    parts = ", ".join(
+        f"{amount(size)} {name}"
+        for name, size in sorted(held.items(), key=lambda item: -item[1])
+        if size >= total(held) / 1000
+    )
     shards = machine.world_size // getattr(plan.config.engine.settings, "replicas", 1)
     share = f"1/{shards}" if shards > 1 else "all"
     where = f"{peak.stage}, {peak.name}{f', {peak.when}' if peak.when else ''}"
-    said = f"the most is in {where}: {amount(total(held))} of tensors on a rank, which has {share} of the parameters: {parts}"
+    said = (
+        f"the most is in {where}: {amount(total(held))} of tensors on a rank, which has {share} of the "
+        f"parameters: {parts}"
+    )
     if machine.kind == "cuda":
         said += f"; the allocator and the context take {amount(plan.needed - total(held))} more"
     if machine.memory is None:
         return said
     room = machine.memory - plan.needed
     taken = f"{amount(plan.needed)} are needed on a device of {amount(machine.memory)}"
-    fits, lacks = f"it fits: {taken}, and {amount(room)} are left", f"it does not fit: {taken}, and {amount(-room)} lack"
+    fits, lacks = (
+        f"it fits: {taken}, and {amount(room)} are left",
+        f"it does not fit: {taken}, and {amount(-room)} lack",
+    )
     return f"{fits if room >= 0 else lacks}; {said}"
 
 
@@ -171,14 +187,27 @@ def assumptions(plan: Plan) -> dict[str, str]:
     said = {}
     if machine.peak is not None:
         peak = f"{machine.peak / 1e12:.0f} TFLOP/s, the dense bf16 peak of one {machine.device}"
-        said["hours"] = f"{machine.mfu:.0%} of {peak}, in training and evaluation; without factoring, loading, and saving at the end"
+        said["hours"] = (
+            f"{machine.mfu:.0%} of {peak}, in training and evaluation; without factoring, loading, and saving at the "
+            "end"
+        )
     if machine.kind == "cuda":
-        said["device"] = f"{cost.FRAGMENTATION:.0%} of the tensors for PyTorch's allocator, {cost.CONTEXT / GB:.0f} GB for CUDA and NCCL"
+        said["device"] = (
+            f"{cost.FRAGMENTATION:.0%} of the tensors for PyTorch's allocator, {cost.CONTEXT / GB:.0f} GB for CUDA "
+            "and NCCL"
+        )
     if config.parent.attention != "eager":
         said["attention"] = "a fused kernel, which keeps nothing of the size of the square of the sequence"
-    said["disk"] = f"{machine.disk / GB:g} GB/s for all ranks together; a checkpoint is written, and read once for its checksums"
-    steps = f"{cost.STEPS_TO_STOP} steps" if machine.peak is not None else "without the steps, whose time is not known here"
-    said["stop"] = f"{steps}, the checkpoint that is being written, one more, and {cost.STOP_MARGIN_S:.0f} s, in training; factoring has to end first"
+    said["disk"] = (
+        f"{machine.disk / GB:g} GB/s for all ranks together; a checkpoint is written, and read once for its checksums"
+    )
+    steps = (
+        f"{cost.STEPS_TO_STOP} steps" if machine.peak is not None else "without the steps, whose time is not known here"
+    )
+    said["stop"] = (
+        f"{steps}, the checkpoint that is being written, one more, and {cost.STOP_MARGIN_S:.0f} s, in training; "
+        "factoring has to end first"
+    )
     if config.ranks.name != "uniform":
         said["ranks"] = f"uniform; ranks={config.ranks.name} shares out about the same sum once the weights are known"
     if getattr(config.engine.settings, "compile", False):

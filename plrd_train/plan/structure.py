@@ -7,14 +7,15 @@ from functools import cached_property
 
 from torch import nn
 
-from plrd_train.lowrank.walk import blocks_of
+from plrd_train.compress.blocks import blocks_of
 
 Parts = dict[str, float]  # bytes by part of memory, such as "parameters"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """`module` holds it; `block` is the repeated block around that, "" for what belongs to none (embeddings, last norm, lm_head)."""
+    """`module` holds it; `block` is the repeated block around that, "" for what belongs to none (embeddings, last norm,
+    lm_head)."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +42,10 @@ class Structure:
             block = next((block for block in names if name.startswith(f"{block}.")), "")
             parameters.append(Parameter(name, tuple(parameter.shape), name.rpartition(".")[0], block))
             by_identity[id(parameter)] = parameters[-1]
-        modules = {name: tuple(by_identity[id(p)] for p in module._parameters.values() if p is not None) for name, module in model.named_modules()}
+        modules = {
+            name: tuple(by_identity[id(p)] for p in module._parameters.values() if p is not None)
+            for name, module in model.named_modules()
+        }
         return cls(tuple(parameters), modules)
 
     @property
@@ -51,7 +55,10 @@ class Structure:
 
 def add(*parts: Mapping[str, float]) -> Parts:
     """The sum, part by part."""
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(name for part in parts for name in part)}
+    return {
+        name: sum(part.get(name, 0.0) for part in parts)
+        for name in dict.fromkeys(name for part in parts for name in part)
+    }
 
 
 def total(parts: Mapping[str, float]) -> float:

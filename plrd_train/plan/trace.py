@@ -1,8 +1,10 @@
-"""What a model's forward and backward hold in memory, found by running them on the meta device: shapes alone, no values and no memory.
+"""What a model's forward and backward hold in memory, found by running them on the meta device: shapes alone, no values
+and no memory.
 
-Every operation is seen as PyTorch dispatches it, so that what autograd keeps, what activation checkpointing drops and computes again, and the copies
-of the logits that a loss makes are counted as they are. One thing is replaced: attention, whose fused kernels do not run on meta, is taken to keep
-query, key, value, output and one float32 a head and position (FlashAttention, arXiv 2307.08691), and nothing of the size of the square.
+Every operation is seen as PyTorch dispatches it, so that what autograd keeps, what activation checkpointing drops and
+computes again, and the copies of the logits that a loss makes are counted as they are. One thing is replaced:
+attention, whose fused kernels do not run on meta, is taken to keep query, key, value, output and one float32 a head and
+position (FlashAttention, arXiv 2307.08691), and nothing of the size of the square.
 """
 
 import weakref
@@ -23,10 +25,12 @@ Kind = Literal["forward", "forwarded", "backward", "backwarded", "gradient", "en
 
 @dataclass(frozen=True)
 class Event:
-    """A point in time that matters to an engine: a module begins or ends its forward or its backward, or the gradient of a parameter is complete.
+    """A point in time that matters to an engine: a module begins or ends its forward or its backward, or the gradient
+    of a parameter is complete.
 
-    name: of the module ("" is the model itself) or parameter. peak: the most bytes of activations that lived at once since the event before; live:
-    those that live now. Neither counts parameters, nor gradients of parameters once they are complete.
+    name: of the module ("" is the model itself) or parameter. peak: the most bytes of activations that lived at once
+    since the event before; live: those that live now. Neither counts parameters, nor gradients of parameters once they
+    are complete.
     """
 
     kind: Kind
@@ -36,7 +40,8 @@ class Event:
 
 
 def trace_step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> list[Event]:
-    """The events of the forward of `loss(model)` and of its backward. `model` is on the meta device, and comes back without gradients."""
+    """The events of the forward of `loss(model)` and of its backward. `model` is on the meta device, and comes back
+    without gradients."""
     with _Recorder(model) as recorder:
         value = loss(model)
         value.backward()
@@ -71,7 +76,9 @@ class _Recorder:
             self._model.set_attn_implementation(_FUSED)  # type: ignore[operator]  # a method of transformers' models
         self._hooks = [hook for name, module in self._model.named_modules() for hook in self._watch(name, module)]
         for name, parameter in self._model.named_parameters():
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._accumulated(name, p)))  # type: ignore[misc]
+            self._hooks.append(
+                parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._accumulated(name, p))
+            )  # type: ignore[misc]
         self._memory.__enter__()
         return self
 
@@ -116,7 +123,8 @@ class _Recorder:
 
 
 class _Mark(torch.autograd.Function):
-    """Passes an input of a module on, and notes the end of the module's backward: its gradient is the last that a module computes."""
+    """Passes an input of a module on, and notes the end of the module's backward: its gradient is the last that a
+    module computes."""
 
     @staticmethod
     def forward(ctx: Any, recorder: _Recorder, name: str, value: Tensor) -> Tensor:
@@ -130,7 +138,8 @@ class _Mark(torch.autograd.Function):
 
 
 class _Memory(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, until they are freed; those of `model` are no result of an operation."""
+    """Counts the bytes of all storages that operations make, until they are freed; those of `model` are no result of an
+    operation."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -171,8 +180,11 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _fused_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any) -> tuple:
-    """What transformers' `sdpa` does around the kernel: with a mask, keys and values are repeated for each query head."""
+def _fused_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple:
+    """What transformers' `sdpa` does around the kernel: with a mask, keys and values are repeated for each query
+    head."""
     if attention_mask is not None and (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]

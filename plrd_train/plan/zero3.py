@@ -1,13 +1,15 @@
 """Memory of `engine=zero3`, after the source of DeepSpeed (0.19) and of plrd_train/engine/zero3.py.
 
-A rank keeps its slices of the parameters in the dtype of the products, of float32 masters, of float32 gradients (one flat buffer, always there), and
-of both float32 moments: 18 bytes a parameter over the ranks in bf16, 20 in fp32, and the bucket in which gradients wait to be reduced. In its step
-the optimizer works on a copy of the gradients, and on the roots of the second moments, for at most a sub-group of 1e9 elements at a time.
+A rank keeps its slices of the parameters in the dtype of the products, of float32 masters, of float32 gradients (one
+flat buffer, always there), and of both float32 moments: 18 bytes a parameter over the ranks in bf16, 20 in fp32, and
+the bucket in which gradients wait to be reduced. In its step the optimizer works on a copy of the gradients, and on the
+roots of the second moments, for at most a sub-group of 1e9 elements at a time.
 
-Parameters are gathered module by module, and with each module `prefetch_bucket_size` elements ahead of their use, up to 1e9 that are whole at once.
-A module gives them back unless they are needed again within 1e9 elements (DeepSpeed's max_reuse_distance). Those of the last blocks would so stay
-from their forward to their backward; but where an evaluation came before, DeepSpeed goes on giving back in a forward what an evaluation does not need
-again (it never clears that cache). A stage is evaluated before it is trained, unless it is resumed in its middle: only then they stay.
+Parameters are gathered module by module, and with each module `prefetch_bucket_size` elements ahead of their use, up to
+1e9 that are whole at once. A module gives them back unless they are needed again within 1e9 elements (DeepSpeed's
+max_reuse_distance). Those of the last blocks would so stay from their forward to their backward; but where an
+evaluation came before, DeepSpeed goes on giving back in a forward what an evaluation does not need again (it never
+clears that cache). A stage is evaluated before it is trained, unless it is resumed in its middle: only then they stay.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,9 @@ REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's max_reuse_distance, in elements
 LIVE = 1_000_000_000  # DeepSpeed's max_live_parameters: beyond so many elements nothing is gathered ahead
 SUB_GROUP = 1_000_000_000  # DeepSpeed's sub_group_size, in elements of a rank
 NVME_BUFFERS = 4  # DeepSpeed's buffer_count: what of an optimizer on NVMe is in memory, in sub-groups of float32
-NVME_SLICES = 6  # what parameters on NVMe are read into (DeepSpeed's buffer_count of these) and written from, in largest slices
+NVME_SLICES = (
+    6  # what parameters on NVMe are read into (DeepSpeed's buffer_count of these) and written from, in largest slices
+)
 NVME_LEAST = 2**20  # bytes of the smallest slice that is in a file
 
 
@@ -54,7 +58,9 @@ class Memory:
         if self.options.offload_params == "none":
             parts["parameters"] += self.width * kept
         if self.shards > 1:
-            parts["parameters"] += self.width * sum(parameter.numel for parameter in model.parameters if self.persistent(parameter))
+            parts["parameters"] += self.width * sum(
+                parameter.numel for parameter in model.parameters if self.persistent(parameter)
+            )
         if not self._offloaded:
             parts["parameters"] += 4 * kept
             parts["gradients"] += 4 * kept
@@ -69,7 +75,8 @@ class Memory:
         elif self.options.offload_params == "nvme":
             slices = [self.width * self.shard(parameter.shape) for parameter in model.parameters]
             small = sum(size for size in slices if size < NVME_LEAST)
-            whole = min(sum(slices) - small, self.width * LIVE / self.shards)  # those of parameters that are whole at the moment
+            # Those of parameters that are whole at the moment.
+            whole = min(sum(slices) - small, self.width * LIVE / self.shards)
             parts["parameters"] = small + whole + NVME_SLICES * max(slices)
         if self._offloaded:
             parts["gradients"] = 8 * kept  # the flat buffer, and those that the optimizer reads
@@ -80,7 +87,9 @@ class Memory:
             parts["optimizer"] += NVME_BUFFERS * 4 * sub_group
         return parts
 
-    def holder(self, model: Structure, events: Sequence[Event], *, accumulated: bool = False, resumed: bool = False) -> "Holder":
+    def holder(
+        self, model: Structure, events: Sequence[Event], *, accumulated: bool = False, resumed: bool = False
+    ) -> "Holder":
         """For these events. Gradients that a micro-batch before has left are in `resident`."""
         return Holder(self, model, events, resumed)
 
@@ -88,11 +97,14 @@ class Memory:
         """What the optimizer's step holds beside `resident`."""
         if self._offloaded:
             return {}
-        return {"gradients": 4 * self._sub_group(model), "optimizer": (8 if self._on_cpu else 4) * self._sub_group(model)}
+        return {
+            "gradients": 4 * self._sub_group(model),
+            "optimizer": (8 if self._on_cpu else 4) * self._sub_group(model),
+        }
 
     def rebuilt(self, old: Structure, new: Structure, factors: float, *, optimizer: bool) -> tuple[Parts, Parts]:
-        """(device, host) while the structure changes: a copy of the old model on the host, the shards of the new factors, of `factors` bytes, and
-        the old engine or the new one, whichever is larger."""
+        """(device, host) while the structure changes: a copy of the old model on the host, the shards of the new
+        factors, of `factors` bytes, and the old engine or the new one, whichever is larger."""
         engine = largest(self.resident(old, optimizer=optimizer), self.resident(new, optimizer=False))
         snapshot = {"snapshot": 4 * self._kept(old)}
         return engine | {"factorization": factors}, add(self.host(old), snapshot)
@@ -138,15 +150,26 @@ class Holder:
         missing = [p for p in dict.fromkeys(parameters) if p.name not in self._whole and not self._memory.persistent(p)]
         self._whole.update(parameter.name for parameter in missing)
         if len(missing) > 1:  # received together, and then copied out one by one
-            yield self.held() | {"gathered": self.held()["gathered"] + self._memory.width * sum(parameter.numel for parameter in missing)}
+            yield self.held() | {
+                "gathered": self.held()["gathered"] + self._memory.width * sum(parameter.numel for parameter in missing)
+            }
 
     def _ahead(self) -> list[Parameter]:
         """What is gathered ahead of its use."""
         chosen: list[Parameter] = []
         self._next = max(self._next, self._step)
-        elements, room = 0, min(self._memory.options.prefetch_bucket_size, LIVE - sum(self._by_name[name].numel for name in self._whole))
+        elements, room = (
+            0,
+            min(
+                self._memory.options.prefetch_bucket_size, LIVE - sum(self._by_name[name].numel for name in self._whole)
+            ),
+        )
         while self._next < len(self._order) and elements < room:
-            new = [p for p in self._order[self._next] if p.name not in self._whole and not self._memory.persistent(p) and p not in chosen]
+            new = [
+                p
+                for p in self._order[self._next]
+                if p.name not in self._whole and not self._memory.persistent(p) and p not in chosen
+            ]
             chosen += new
             elements += sum(parameter.numel for parameter in new)
             self._next += 1

@@ -10,20 +10,21 @@ from torch import Tensor
 
 from plrd_train.engine import MOMENTS, AdamW, Architecture, Engine
 from plrd_train.errors import UserError
-from plrd_train.files import write_atomically
 from plrd_train.recover import saved
-from plrd_train.recover.exchange import Exchange
 from plrd_train.recover.progress import Progress
+from plrd_train.runtime.exchange import Exchange
+from plrd_train.runtime.files import write_atomically
+from plrd_train.runtime.world import SharedError, World
 from plrd_train.tracking import console
-from plrd_train.world import SharedError, World
 
 Snapshot = Mapping[str, Tensor]  # parameter -> this rank's shard, in host memory; nobody changes it
 
 
 class Checkpoints:
-    """A folder of checkpoints, one sub-folder each, named by the optimizer steps of the run so far and, at the end of a stage, by that. It is made
-    visible by a rename when it is whole, and named in the file `latest`. The ends of stages stay, and so do the newest `keep`. They are written by a
-    thread of their own, over a process group of its own, while training goes on."""
+    """A folder of checkpoints, one sub-folder each, named by the optimizer steps of the run so far and, at the end of a
+    stage, by that. It is made visible by a rename when it is whole, and named in the file `latest`. The ends of stages
+    stay, and so do the newest `keep`. They are written by a thread of their own, over a process group of its own, while
+    training goes on."""
 
     def __init__(self, folder: Path, engine: Engine, keep: int):
         """A collective."""
@@ -42,7 +43,8 @@ class Checkpoints:
     # Reading
 
     def latest(self) -> Progress | None:
-        """Where the run stopped, by its newest checkpoint that is undamaged; None where there is none yet. A collective.
+        """Where the run stopped, by its newest checkpoint that is undamaged; None where there is none yet. A
+        collective.
 
         A damaged one is named in a line of warning and passed over. Raises SharedError where all are damaged.
         """
@@ -57,7 +59,8 @@ class Checkpoints:
             console.say(f"warning: {wrong}: this checkpoint is damaged and passed over")
         if folders:
             raise SharedError(
-                f"{self._folder}: every checkpoint here is damaged; restore one, or remove this folder to begin again (members that are there stay)"
+                f"{self._folder}: every checkpoint here is damaged; restore one, or remove this folder to begin "
+                "again (members that are there stay)"
             )
         return None
 
@@ -78,7 +81,8 @@ class Checkpoints:
         self._engine.restore(self._shards(progress, "member" if member and progress.branched else "model"))
 
     def load_stage(self, progress: Progress, architecture: Architecture, optimizer: AdamW) -> dict[str, Tensor] | None:
-        """Put the stage that is under way into the engine, with its optimizer. Returns the trunk if what trains is a branch. A collective."""
+        """Put the stage that is under way into the engine, with its optimizer. Returns the trunk if what trains is a
+        branch. A collective."""
         assert progress.under_way is not None
         self._build(progress, architecture)
         self._engine.restore(self._shards(progress, "model"))
@@ -91,30 +95,38 @@ class Checkpoints:
         try:
             self._engine.build(architecture)
         except ValueError as error:  # on every rank alike
-            raise SharedError(f"{self._of(progress) / 'progress.json'}: not of this parent ({error}); use another run_dir") from None
+            raise SharedError(
+                f"{self._of(progress) / 'progress.json'}: not of this parent ({error}); use another run_dir"
+            ) from None
 
     def _shards(self, progress: Progress, part: str) -> dict[str, Tensor]:
         """This rank's shards of a part of the checkpoint, in the structure of the model in the engine. A collective."""
         shards = self._engine.snapshot()
-        saved.read({f"{part}/{name}": tensor for name, tensor in self._engine.sharded(shards).items()}, self._of(progress))
+        saved.read(
+            {f"{part}/{name}": tensor for name, tensor in self._engine.sharded(shards).items()}, self._of(progress)
+        )
         return shards
 
     # Writing
 
     def save(self, progress: Progress, trunk: Snapshot, member: Snapshot | None = None) -> None:
-        """Save the end of a stage: its trunk and, where it was `branched`, its member. Returns while they are being written, and waits first for what
-        was being written before; raises what `wait` raises. A collective."""
+        """Save the end of a stage: its trunk and, where it was `branched`, its member. Returns while they are being
+        written, and waits first for what was being written before; raises what `wait` raises. A collective."""
         self._save(progress, {"model": trunk} if member is None else {"model": trunk, "member": member})
 
     def save_stage(self, progress: Progress, trunk: Snapshot | None) -> None:
-        """Save the stage that is under way as it stands in the engine, with its optimizer, and the `trunk` where that is a branch. Returns as `save`
-        does. A collective."""
+        """Save the stage that is under way as it stands in the engine, with its optimizer, and the `trunk` where that
+        is a branch. Returns as `save` does. A collective."""
         parts = {"model": self._engine.snapshot(), **self._engine.moments()}
         self._save(progress, parts if trunk is None else {**parts, "trunk": trunk})
 
     def _save(self, progress: Progress, parts: Mapping[str, Snapshot]) -> None:
         self.wait()
-        state = {f"{part}/{name}": tensor for part, shards in parts.items() for name, tensor in self._engine.sharded(shards).items()}
+        state = {
+            f"{part}/{name}": tensor
+            for part, shards in parts.items()
+            for name, tensor in self._engine.sharded(shards).items()
+        }
         folder, text = self._of(progress), progress.to_json()  # now: what is counted goes on
         self._pending = self._writer.run(lambda world: self._write(world, folder, text, state))
 
@@ -142,7 +154,8 @@ class Checkpoints:
         write_atomically(temporary / saved.SUMS, sums)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        write_atomically(self._folder / "latest", final.name + "\n")  # for people and their tools: a restart looks at what is there
+        # For people and their tools: a restart looks at what is there.
+        write_atomically(self._folder / "latest", final.name + "\n")
         self._tidy(final)
         for folder in self._all():
             if folder > final:  # damaged: the run went on from before it

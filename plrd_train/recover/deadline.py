@@ -1,8 +1,9 @@
-"""How soon the ranks of a run must have made their next step, so that a hang ends in minutes and not when a collective gives up."""
+"""How soon the ranks of a run must have made their next step, so that a hang ends in minutes and not when a collective
+gives up."""
 
 import time
 
-from plrd_train.heartbeat import Heartbeat
+from plrd_train.runtime.heartbeat import Heartbeat
 
 FIRST_S = 1800.0  # a first step compiles, fills caches and fetches text
 LEAST_S = 300.0  # more than a shard that fails to read is tried for
@@ -10,8 +11,8 @@ SLOWER = 20.0  # than any step before
 
 
 class Deadline:
-    """Tells a heartbeat what to expect of the steps of a stage: half an hour for each of the first two; then 20 times what the slowest took, and at
-    least five minutes. Between `rest` and the next `step` nothing is expected."""
+    """Tells a heartbeat what to expect of the steps of a stage: half an hour for each of the first two; then 20 times
+    what the slowest took, and at least five minutes. Between `rest` and the next `step` nothing is expected."""
 
     def __init__(self, heartbeat: Heartbeat):
         self._heartbeat = heartbeat

@@ -1,4 +1,5 @@
-"""What keeps a bad batch from spoiling a run: steps that are left out, and the end of a run that has nothing but such steps."""
+"""What keeps a bad batch from spoiling a run: steps that are left out, and the end of a run that has nothing but such
+steps."""
 
 import dataclasses
 import math
@@ -6,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
-from plrd_train.config import Recover
-from plrd_train.world import SharedError
+from plrd_train.config.schema import Recover
+from plrd_train.runtime.world import SharedError
 
 WINDOW = 64  # steps whose losses a step is judged by
 LEAST = 16  # as many of them make a judgement
@@ -17,7 +18,8 @@ _FLOOR = 0.01  # of the median: losses of a long stage differ by less than batch
 
 @dataclass
 class Judged:
-    """What a guard has seen of the stage: steps left out, in all and in a row up to now, and the last losses of the others, each with its step."""
+    """What a guard has seen of the stage: steps left out, in all and in a row up to now, and the last losses of the
+    others, each with its step."""
 
     skipped: int = 0
     in_a_row: int = 0
@@ -27,8 +29,9 @@ class Judged:
 class Guard:
     """Judges the steps of a stage by their losses over all ranks, alike on each rank.
 
-    A step whose loss or gradient is not finite is left out, and so is one whose loss lies more than `spike` robust standard deviations above the
-    median of the losses before it (Huber 1981, section 5.1; None: no loss is too high). `patience` such steps in a row end the run.
+    A step whose loss or gradient is not finite is left out, and so is one whose loss lies more than `spike` robust
+    standard deviations above the median of the losses before it (Huber 1981, section 5.1; None: no loss is too high).
+    `patience` such steps in a row end the run.
     """
 
     def __init__(self, settings: Recover, say: Callable[[str], None], judged: Judged):
@@ -39,8 +42,8 @@ class Guard:
     def bound(self, step: int) -> float:
         """The largest loss that step `step` of the stage may have; infinity while too few are known.
 
-        The loss of the step just before is never looked at: it is known only where the run paused between the two, and a restart must not differ
-        from a run that was never stopped.
+        The loss of the step just before is never looked at: it is known only where the run paused between the two, and
+        a restart must not differ from a run that was never stopped.
         """
         losses = [loss for before, loss in self.judged.recent if before < step - 1][-WINDOW:]
         if self._spike is None or len(losses) < LEAST:
@@ -62,11 +65,17 @@ class Guard:
         self._say(f"warning: step {step + 1} of this stage is left out: {why}")
         if judged.in_a_row >= self._patience:
             raise SharedError(
-                f"recover.patience: {judged.in_a_row} steps in a row are left out, the last because {why}; the checkpoints of before stay, but the "
-                "same command comes here again: lower recover.lr, or look at the text of these steps, and use another run_dir"
+                f"recover.patience: {judged.in_a_row} steps in a row are left out, the last because {why}; the "
+                "checkpoints of before stay, but the "
+                "same command comes here again: lower recover.lr, or look at the text of these steps, and use "
+                "another run_dir"
             )
 
     def _why(self, step: int, loss: float, norm: float) -> str:
         if not math.isfinite(loss):
             return f"its loss is {loss}"
-        return f"its gradient's norm is {norm}" if not math.isfinite(norm) else f"its loss of {loss:.4g} is beyond {self.bound(step):.4g}"
+        return (
+            f"its gradient's norm is {norm}"
+            if not math.isfinite(norm)
+            else f"its loss of {loss:.4g} is beyond {self.bound(step):.4g}"
+        )

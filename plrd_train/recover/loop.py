@@ -8,24 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plrd_train.config import Recover
+from plrd_train.config.schema import Recover
 from plrd_train.data.loader import Batch, Loader
 from plrd_train.engine import AdamW, Engine
 from plrd_train.recover.checkpoint import Snapshot
 from plrd_train.recover.deadline import Deadline
-from plrd_train.recover.exchange import Exchange
 from plrd_train.recover.guard import Guard
 from plrd_train.recover.objectives import Objective
 from plrd_train.recover.pauses import Pauses, Wish
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
 from plrd_train.recover.schedule import anneal, rate
+from plrd_train.runtime.exchange import Exchange
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a stage leaves behind: the trunk is in the engine, and `member` holds the annealed branch's shards, or None where the two are one.
-    `trunk_tokens` and `branch_tokens` were spent on each."""
+    """What a stage leaves behind: the trunk is in the engine, and `member` holds the annealed branch's shards, or None
+    where the two are one. `trunk_tokens` and `branch_tokens` were spent on each."""
 
     member: Snapshot | None
     trunk_tokens: int
@@ -61,11 +61,14 @@ class Trainer:
     def step_tokens(self) -> int:
         return self.sequences * self.seq_len
 
-    def recover(self, budget: int, peak: float, pauses: Pauses, done: int = 0, trunk: Snapshot | None = None) -> Recovered:
-        """Train the engine's model on at most `budget` tokens, to less than one step below it, at the peak learning rate `peak`.
+    def recover(
+        self, budget: int, peak: float, pauses: Pauses, done: int = 0, trunk: Snapshot | None = None
+    ) -> Recovered:
+        """Train the engine's model on at most `budget` tokens, to less than one step below it, at the peak learning
+        rate `peak`.
 
-        A stage that goes on after `done` steps has its optimizer in the engine, and the `trunk` where these have reached its branch. `pauses` are
-        taken between steps; what they raise ends the stage.
+        A stage that goes on after `done` steps has its optimizer in the engine, and the `trunk` where these have
+        reached its branch. `pauses` are taken between steps; what they raise ends the stage.
         """
         settings = self.settings
         self.counters.tokens_stage = done * self.step_tokens
@@ -80,7 +83,11 @@ class Trainer:
             deadline.step()
             if step == trunk_steps:
                 trunk = self.engine.snapshot()
-            lr = rate(step, trunk_steps, peak, settings) if step < trunk_steps else anneal(step - trunk_steps, branch_steps, last)
+            lr = (
+                rate(step, trunk_steps, peak, settings)
+                if step < trunk_steps
+                else anneal(step - trunk_steps, branch_steps, last)
+            )
             wish = self._step(step, lr, reports)
             if wish and step + 1 < steps:
                 deadline.rest()
@@ -107,7 +114,8 @@ class Trainer:
         nll = torch.zeros((), device=engine.device)
         for micro in range(0, largest, self.settings.micro_batch):
             nll += self._micro_batch(batch.input_ids[micro : micro + self.settings.micro_batch])
-        # On the device, as all of the step: it waits for no loss and no verdict, which are read while the next one runs.
+        # On the device, as all of the step: it waits for no loss and no verdict, which are read while the next one
+        # runs.
         refuse = ~(engine.world.total(nll) / self.predicted_tokens <= self.guard.bound(step))  # NaN is refused, too
         norm = engine.step(lr, self.settings.clip, refuse)
         self.counters.steps += 1
@@ -140,8 +148,13 @@ class Reports:
         self._since = time.perf_counter()
 
     def add(self, step: int, lr: float, nll: Tensor, norm: Tensor, skipped: Tensor, batch: Batch) -> Wish:
-        """Send this rank's part of the step that has just been made. Finishes the step before, and returns what the ranks wished after that."""
-        wish, epoch, tokens = self._pauses.wish(self._trainer.step_tokens), self._trainer.loader.epoch, batch.domain_tokens
+        """Send this rank's part of the step that has just been made. Finishes the step before, and returns what the
+        ranks wished after that."""
+        wish, epoch, tokens = (
+            self._pauses.wish(self._trainer.step_tokens),
+            self._trainer.loader.epoch,
+            batch.domain_tokens,
+        )
         # The loss is fetched from the device by the thread that sends it: the step loop does not wait for either.
         shared = self._trainer.exchange.share(lambda: (nll.item(), tokens, epoch, wish))
         agreed = self.finish()

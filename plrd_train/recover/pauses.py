@@ -4,10 +4,10 @@ import enum
 import time
 from collections.abc import Callable
 
-from plrd_train.config import Checkpoint
+from plrd_train.config.schema import Checkpoint
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
 from plrd_train.recover.progress import Progress
-from plrd_train.stopping import Stopped, StopRequest
+from plrd_train.runtime.stop import Stopped, StopRequest
 
 
 class Wish(enum.IntEnum):
@@ -21,8 +21,15 @@ class Wish(enum.IntEnum):
 class Pauses:
     """Checkpoints every so many tokens or minutes, and one more before a requested stop."""
 
-    def __init__(self, settings: Checkpoint, request: StopRequest, checkpoints: Checkpoints, progress: Callable[[int, bool], Progress]):
-        """`progress(steps, in_branch)`, a collective, says how far the run is after `steps` steps of the stage that is under way."""
+    def __init__(
+        self,
+        settings: Checkpoint,
+        request: StopRequest,
+        checkpoints: Checkpoints,
+        progress: Callable[[int, bool], Progress],
+    ):
+        """`progress(steps, in_branch)`, a collective, says how far the run is after `steps` steps of the stage that is
+        under way."""
         self._settings, self._request, self._checkpoints, self._progress = settings, request, checkpoints, progress
         self._tokens, self._since = 0, time.monotonic()
 
@@ -39,7 +46,8 @@ class Pauses:
         return Wish.SAVE
 
     def take(self, wish: Wish, steps: int, trunk: Snapshot | None) -> None:
-        """Do what the ranks agreed on, after `steps` steps of the stage. A collective. Raises Stopped if it was that."""
+        """Do what the ranks agreed on, after `steps` steps of the stage. A collective. Raises Stopped if it was
+        that."""
         self._tokens, self._since = 0, time.monotonic()
         self._checkpoints.save_stage(self._progress(steps, trunk is not None), trunk)
         if wish is Wish.STOP:

@@ -13,8 +13,8 @@ from plrd_train.recover.guard import Judged
 
 @dataclass
 class Counters:
-    """Counted over the whole run: optimizer steps, those of them that were left out, tokens trained on, and these by domain; and the tokens of the
-    present stage."""
+    """Counted over the whole run: optimizer steps, those of them that were left out, tokens trained on, and these by
+    domain; and the tokens of the present stage."""
 
     steps: int = 0
     skipped: int = 0
@@ -29,8 +29,8 @@ class Counters:
 
 @dataclass(frozen=True)
 class UnderWay:
-    """The stage that trains: the family.json entry of its member so far, the ranks of its trunk, the steps done, the seconds that these took, and
-    whether they have reached the branch, and what the guard made of them."""
+    """The stage that trains: the family.json entry of its member so far, the ranks of its trunk, the steps done, the
+    seconds that these took, and whether they have reached the branch, and what the guard made of them."""
 
     entry: dict[str, Any]
     ranks: dict[str, int]
@@ -42,9 +42,10 @@ class UnderWay:
 
 @dataclass(frozen=True)
 class Progress:
-    """`counters` and `position` (the data loader's) stand at this moment; all else at the end of the last of `stages` finished stages:
-    `tokens_lineage` are the tokens that the trunk's weights have seen, `ranks` says what the trunk is made of, `entry` is the family.json entry of
-    the member that the stage publishes, and `branched` whether that is not the trunk. `under_way` is the stage after it, if it has begun to train."""
+    """`counters` and `position` (the data loader's) stand at this moment; all else at the end of the last of `stages`
+    finished stages: `tokens_lineage` are the tokens that the trunk's weights have seen, `ranks` says what the trunk is
+    made of, `entry` is the family.json entry of the member that the stage publishes, and `branched` whether that is not
+    the trunk. `under_way` is the stage after it, if it has begun to train."""
 
     stages: int = 0
     counters: Counters = field(default_factory=Counters)

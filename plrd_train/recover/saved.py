@@ -1,4 +1,5 @@
-"""The tensors of a checkpoint in files: shards as safetensors without any pickle, read back on any number of ranks, and their checksums."""
+"""The tensors of a checkpoint in files: shards as safetensors without any pickle, read back on any number of ranks, and
+their checksums."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,13 +10,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from plrd_train.errors import UserError
-from plrd_train.world import SharedError, World
+from plrd_train.runtime.world import SharedError, World
 
 SUMS = "sha256sums"  # in the format of the program sha256sum: `sha256sum --check sha256sums` tells what is damaged
 
 
 def write(state: Mapping[str, Tensor], folder: Path, world: World) -> None:
-    """Write the DTensors `state` into `folder`, each rank its shards. A collective. Raises SharedError where a file cannot be written."""
+    """Write the DTensors `state` into `folder`, each rank its shards. A collective. Raises SharedError where a file
+    cannot be written."""
     # The Hugging Face writer stores safetensors and no pickle.
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
@@ -24,12 +26,14 @@ def write(state: Mapping[str, Tensor], folder: Path, world: World) -> None:
         first = next(iter(error.failures.values()))[0]
         if not isinstance(first, OSError):
             raise
-        raise SharedError(f"{folder}: this checkpoint cannot be written ({first}); make room, and the same command goes on") from None
+        raise SharedError(
+            f"{folder}: this checkpoint cannot be written ({first}); make room, and the same command goes on"
+        ) from None
 
 
 def read(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill the DTensors `state`, of any mesh and maybe a part of what is there, in place from what `write` left in `folder`. A collective. Raises
-    SharedError where that holds other tensors, or no safetensors."""
+    """Fill the DTensors `state`, of any mesh and maybe a part of what is there, in place from what `write` left in
+    `folder`. A collective. Raises SharedError where that holds other tensors, or no safetensors."""
     for file in sorted(folder.glob("*.safetensors")):  # of which torch would log a traceback
         try:
             with safe_open(file, framework="pt"):
@@ -38,10 +42,13 @@ def read(state: Mapping[str, Tensor], folder: Path) -> None:
             raise SharedError(f"{file}: not safetensors ({error}); use another run_dir") from None
     try:
         dcp.load(dict(state), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-    except (dcp.CheckpointException, AssertionError) as error:  # on every rank alike; the latter where no file could be opened
+    # On every rank alike; the latter where no file could be opened.
+    except (dcp.CheckpointException, AssertionError) as error:
         first = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         said = str(first).strip().splitlines()
-        raise SharedError(f"{folder}: not a checkpoint of this run ({said[0] if said else type(first).__name__}); use another run_dir") from None
+        raise SharedError(
+            f"{folder}: not a checkpoint of this run ({said[0] if said else type(first).__name__}); use another run_dir"
+        ) from None
 
 
 def checksums(folder: Path, world: World) -> dict[str, str]:
@@ -62,7 +69,9 @@ def _sha256(path: Path) -> str:
 def damage(folder: Path, world: World) -> str | None:
     """What is wrong with the files of `folder`, naming one; None where each is as its checksum says. A collective."""
     try:
-        lines = world.on_main(lambda: (folder / SUMS).read_text(errors="replace").splitlines() if (folder / SUMS).is_file() else [])
+        lines = world.on_main(
+            lambda: (folder / SUMS).read_text(errors="replace").splitlines() if (folder / SUMS).is_file() else []
+        )
         expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         found = checksums(folder, world)
     except UserError as error:

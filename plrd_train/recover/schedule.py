@@ -2,10 +2,10 @@
 
 import math
 
-from plrd_train.config import Recover
+from plrd_train.config.schema import Recover
 
-# Learning rate times hidden size. Fitted on the small parents of docs/recipes.md; that it carries over as 1 / width (as in maximal update
-# parametrization, arXiv 2203.03466) is untested at 7B.
+# Learning rate times hidden size. Fitted on the small parents of docs/recipes.md; that it carries over as 1 / width (as
+# in maximal update parametrization, arXiv 2203.03466) is untested at 7B.
 RATE_TIMES_WIDTH = 0.1
 
 
@@ -15,7 +15,8 @@ def peak_rate(settings: Recover, hidden_size: int) -> float:
 
 
 def rate(step: int, steps: int, peak: float, settings: Recover) -> float:
-    """The learning rate of step 0 <= step < steps: linear warmup to `peak`, then constant or down to `final` * peak by a line or half a cosine."""
+    """The learning rate of step 0 <= step < steps: linear warmup to `peak`, then constant or down to `final` * peak by
+    a line or half a cosine."""
     warmup = math.ceil(settings.warmup * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -27,5 +28,6 @@ def rate(step: int, steps: int, peak: float, settings: Recover) -> float:
 
 
 def anneal(step: int, steps: int, start: float) -> float:
-    """The learning rate of a branch: from `start`, where the trunk was, by a line to the zero that would follow its last step."""
+    """The learning rate of a branch: from `start`, where the trunk was, by a line to the zero that would follow its
+    last step."""
     return start * (steps - step) / (steps + 1)

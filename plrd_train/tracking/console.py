@@ -1,6 +1,8 @@
-"""What a person at the terminal sees of a run: lines, bars with the time left, and the table of the family. Only the main rank speaks.
+"""What a person at the terminal sees of a run: lines, bars with the time left, and the table of the family. Only the
+main rank speaks.
 
-On a terminal bars move; elsewhere (a log file, a pipe) plain lines come at most every ten seconds, without control characters.
+On a terminal bars move; elsewhere (a log file, a pipe) plain lines come at most every ten seconds, without control
+characters.
 """
 
 import os
@@ -51,7 +53,10 @@ class Bar:
 
     def update(self, n: float, **fields: float | str) -> None:
         """Count `n` more units as done, and show `fields` (a loss, a learning rate) from now on."""
-        text = ", ".join(f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}" for name, value in fields.items())
+        text = ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, (int, float)) else f"{name} {value}"
+            for name, value in fields.items()
+        )
         self._bars.update(self._id, advance=n, fields=text or self._task.fields["fields"])
         task = self._task
         if self._plain and not task.finished and time.monotonic() - self._printed >= _LINE_SECONDS:
@@ -107,7 +112,9 @@ def family_table(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]]
         table.add_row(*(Text(cell) for cell in row))
     stream = _stream()
     terminal = stream.isatty()
-    Console(file=stream, force_terminal=terminal, no_color=not terminal, width=None if terminal else _TABLE_WIDTH).print(table)
+    Console(
+        file=stream, force_terminal=terminal, no_color=not terminal, width=None if terminal else _TABLE_WIDTH
+    ).print(table)
 
 
 def _stream() -> TextIO:
@@ -124,7 +131,12 @@ def _new_bars(disable: bool) -> Progress:
         TextColumn("{task.fields[fields]}", markup=False, table_column=Column(no_wrap=True)),
     )
     return Progress(
-        *columns, console=Console(file=_stream()), expand=True, disable=disable, speed_estimate_period=_SPEED_SECONDS, refresh_per_second=4
+        *columns,
+        console=Console(file=_stream()),
+        expand=True,
+        disable=disable,
+        speed_estimate_period=_SPEED_SECONDS,
+        refresh_per_second=4,
     )
 
 

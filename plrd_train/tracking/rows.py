@@ -1,4 +1,5 @@
-"""Files of one JSON object a line that survive a kill: whole lines or a torn last one, which is left out when reading."""
+"""Files of one JSON object a line that survive a kill: whole lines or a torn last one, which is left out when
+reading."""
 
 import json
 import math
@@ -6,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from plrd_train.files import replacing
+from plrd_train.runtime.files import replacing
 
 Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of `path`, in order; none where there is no such file. A torn line, as a kill leaves it, is skipped."""
+    """Return the rows of `path`, in order; none where there is no such file. A torn line, as a kill leaves it, is
+    skipped."""
     if not path.is_file():
         return []
     rows = []
@@ -39,5 +41,7 @@ def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
     return json.dumps(finite, ensure_ascii=False, allow_nan=False).encode() + b"\n"

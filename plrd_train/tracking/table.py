@@ -9,12 +9,28 @@ ABSENT = "-"
 
 
 def family_rows(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the cells under HEADERS: the parent, then its members as family.json lists them. What was not measured shows as "-"."""
+    """Return the cells under HEADERS: the parent, then its members as family.json lists them. What was not measured
+    shows as "-"."""
     base = perplexity(parent, "eval")
-    rows: list[tuple[str, ...]] = [("parent", "1.00", count(parent.get("params")), "100%", ABSENT, number(base), "1.00" if base else ABSENT, ABSENT)]
+    rows: list[tuple[str, ...]] = [
+        (
+            "parent",
+            "1.00",
+            count(parent.get("params")),
+            "100%",
+            ABSENT,
+            number(base),
+            "1.00" if base else ABSENT,
+            ABSENT,
+        )
+    ]
     for member in members:
         ppl = perplexity(member, "eval")
-        share = f"{100 * member['params'] / parent['params']:.0f}%" if member.get("params") and parent.get("params") else ABSENT
+        share = (
+            f"{100 * member['params'] / parent['params']:.0f}%"
+            if member.get("params") and parent.get("params")
+            else ABSENT
+        )
         rows.append(
             (
                 str(member.get("name", ABSENT)),

@@ -1,4 +1,5 @@
-"""Metrics by name, one row for each optimizer step: metrics.jsonl, which is the record, and Weights & Biases, which may fail without harm."""
+"""Metrics by name, one row for each optimizer step: metrics.jsonl, which is the record, and Weights & Biases, which may
+fail without harm."""
 
 import dataclasses
 import math
@@ -9,11 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from plrd_train.config import Config
+from plrd_train.config.schema import Config
 from plrd_train.errors import UserError
+from plrd_train.runtime.world import World
 from plrd_train.tracking import console
 from plrd_train.tracking.rows import Row, append_row, read_rows, replace_rows
-from plrd_train.world import World
 
 WandbMode = Literal["offline", "online", "disabled"]
 _FINISH_TIMEOUT = 120.0  # seconds for the last uploads of an online run
@@ -22,10 +23,11 @@ _FINISH_TIMEOUT = 120.0  # seconds for the last uploads of an online run
 class Tracker:
     """Writes `run_dir`/metrics.jsonl, `run_dir`/events.jsonl and a W&B run.
 
-    A Tracker on a run_dir that holds rows already goes on after the last one; a restart says with `rewind` how far back its checkpoint lies. W&B
-    starts at the first row to be logged. Where its run begins empty, as an offline one always does, it is given all rows kept so far: the newest
-    local run holds each step exactly once however often the run was restarted, and the older local ones are removed. Steps that an online run has
-    logged past the checkpoint stay there and come a second time. Whatever goes wrong with W&B costs one line of warning; the run goes on without it.
+    A Tracker on a run_dir that holds rows already goes on after the last one; a restart says with `rewind` how far back
+    its checkpoint lies. W&B starts at the first row to be logged. Where its run begins empty, as an offline one always
+    does, it is given all rows kept so far: the newest local run holds each step exactly once however often the run was
+    restarted, and the older local ones are removed. Steps that an online run has logged past the checkpoint stay there
+    and come a second time. Whatever goes wrong with W&B costs one line of warning; the run goes on without it.
     """
 
     def __init__(
@@ -42,17 +44,23 @@ class Tracker:
         self._metrics = run_dir / "metrics.jsonl"
         self._events = run_dir / "events.jsonl"
         self._budget_tokens = budget_tokens
-        self._wandb = None if wandb_mode == "disabled" else _WandbRun(run_dir, wandb_mode, wandb_project, wandb_name, config)
+        self._wandb = (
+            None if wandb_mode == "disabled" else _WandbRun(run_dir, wandb_mode, wandb_project, wandb_name, config)
+        )
         run_dir.mkdir(parents=True, exist_ok=True)
         rows = _rows_of_steps(self._metrics)
         self.rewind(rows[-1]["step"] + 1 if rows else 0)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows and events of step `step` and later; the next row logged is step `step`. To be called before anything is logged.
+        """Drop the rows and events of step `step` and later; the next row logged is step `step`. To be called before
+        anything is logged.
 
-        Events of the step before are kept until this run repeats them: nothing says whether the checkpoint was written before or after them.
+        Events of the step before are kept until this run repeats them: nothing says whether the checkpoint was written
+        before or after them.
         """
-        kept = {path: [row for row in _rows_of_steps(path) if row["step"] < step] for path in (self._metrics, self._events)}
+        kept = {
+            path: [row for row in _rows_of_steps(path) if row["step"] < step] for path in (self._metrics, self._events)
+        }
         for path, rows in kept.items():
             if path.is_file():
                 replace_rows(path, rows)
@@ -61,7 +69,8 @@ class Tracker:
         self._repeatable = {_identity(row) for row in kept[self._events] if row["step"] == step - 1}
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Record one optimizer step; `tokens/total` must be among its metrics. Adds `step`, counted from 0 over the run, and `tokens/budget`."""
+        """Record one optimizer step; `tokens/total` must be among its metrics. Adds `step`, counted from 0 over the
+        run, and `tokens/budget`."""
         row = {"tokens/budget": self._budget_tokens, **metrics, "step": self._step}
         self._send(row)
         append_row(self._metrics, row)
@@ -69,10 +78,11 @@ class Tracker:
         self._tokens = metrics["tokens/total"]
 
     def log_event(self, kind: str, metrics: Mapping[str, float | str]) -> None:
-        """Record something that happened between steps, such as a factoring or an evaluation, identified by all that is no float (a layer, a stage).
+        """Record something that happened between steps, such as a factoring or an evaluation, identified by all that is
+        no float (a layer, a stage).
 
-        Adds `kind`, `step` (the last finished one, -1 before the first) and, if not given, `tokens/total`. An event that repeats one from before a
-        restart replaces it.
+        Adds `kind`, `step` (the last finished one, -1 before the first) and, if not given, `tokens/total`. An event
+        that repeats one from before a restart replaces it.
         """
         row: Row = {"tokens/total": self._tokens, **metrics, "kind": kind, "step": self._step - 1}
         self._send(row)
@@ -95,7 +105,10 @@ class Tracker:
     def _send(self, row: Row) -> None:
         """Give `row` to W&B before it stands in a file, which a W&B run that starts now is filled from."""
         if self._wandb:
-            self._wandb.log(row, earlier=lambda: sorted(read_rows(self._metrics) + read_rows(self._events), key=lambda row: row["step"]))
+            self._wandb.log(
+                row,
+                earlier=lambda: sorted(read_rows(self._metrics) + read_rows(self._events), key=lambda row: row["step"]),
+            )
 
 
 class NullTracker(Tracker):
@@ -121,7 +134,8 @@ class NullTracker(Tracker):
 
 
 def open_tracker(config: Config, world: World, run_dir: Path, budget_tokens: int) -> Tracker:
-    """Return the tracker of this rank for `run_dir`, by the keys `tracking.*`; the ranks above 0 get one that keeps nothing."""
+    """Return the tracker of this rank for `run_dir`, by the keys `tracking.*`; the ranks above 0 get one that keeps
+    nothing."""
     if not world.is_main:
         return NullTracker()
     wandb = config.tracking.wandb
@@ -141,17 +155,26 @@ def _rows_of_steps(path: Path) -> list[Row]:
         raise UserError(f"{path}: not a file; move it away, or choose another run_dir")
     rows = read_rows(path)
     for row in rows:
-        if type(row.get("step")) is not int or not isinstance(row.get("tokens/total", 0 if path.name == "events.jsonl" else None), (int, float)):
-            raise UserError(f"{path}: a row is no record of a step ({str(row)[:100]}); remove it, or choose another run_dir")
+        if type(row.get("step")) is not int or not isinstance(
+            row.get("tokens/total", 0 if path.name == "events.jsonl" else None), (int, float)
+        ):
+            raise UserError(
+                f"{path}: a row is no record of a step ({str(row)[:100]}); remove it, or choose another run_dir"
+            )
     return rows
 
 
 def _identity(event: Row) -> tuple:
-    return tuple(sorted((name, value) for name, value in event.items() if name != "tokens/total" and isinstance(value, (str, int))))
+    return tuple(
+        sorted(
+            (name, value) for name, value in event.items() if name != "tokens/total" and isinstance(value, (str, int))
+        )
+    )
 
 
 class _WandbRun:
-    """One W&B run, begun at the first row, that never raises: after the first failure it says so and does nothing more."""
+    """One W&B run, begun at the first row, that never raises: after the first failure it says so and does nothing
+    more."""
 
     def __init__(self, run_dir: Path, mode: WandbMode, project: str, name: str | None, config: Mapping[str, Any]):
         self._run_dir = run_dir
@@ -188,7 +211,8 @@ class _WandbRun:
     def _log(self, row: Row, earlier: Callable[[], list[Row]]) -> None:
         if self._run is None:
             self._run = self._start()
-            known = self._run.summary.get("step", -math.inf)  # what a resumed online run has; an offline one has nothing
+            # What a resumed online run has; an offline one has nothing.
+            known = self._run.summary.get("step", -math.inf)
             for old in earlier():
                 if old["step"] > known:
                     self._run.log(old)

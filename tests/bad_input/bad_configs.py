@@ -162,7 +162,10 @@ _PLAIN: dict[str, str] = {
 CASES = {override: ((*TINY, override), named) for override, named in (_PLAIN | VALUES).items()} | {
     "no experiment": (("seed=1",), "parent.path"),
     "no parent": (("experiment=tinystories",), "this key has no value yet"),
-    "calibration of less than a sequence": ((*TINY, "factorizer=whitened", "factorizer.calibration_tokens=3"), "factorizer.calibration_tokens"),
+    "calibration of less than a sequence": (
+        (*TINY, "factorizer=whitened", "factorizer.calibration_tokens=3"),
+        "factorizer.calibration_tokens",
+    ),
     "alpha of a matrix": ((*TINY, "factorizer=asvd", "factorizer.alpha=[1]"), "factorizer"),
     "epochs below none": ((*TINY, "factorizer=refined", "factorizer.epochs=-1"), "factorizer"),
     "sensitivity without text": ((*TINY, "ranks=sensitivity", "ranks.tokens=null"), "ranks.tokens"),
@@ -170,10 +173,22 @@ CASES = {override: ((*TINY, override), named) for override, named in (_PLAIN | V
     "offload to the moon": ((*TINY, "engine=zero3", "engine.offload_params=moon"), "engine"),
     "a parent of less than a step": (("experiment=quickstart", "parent.scratch.tokens=5"), "parent.scratch.tokens"),
     "a vocabulary of none": (("experiment=quickstart", "parent.scratch.vocab_size=0"), "parent.scratch.vocab_size"),
-    "an architecture of no name": (("experiment=quickstart", "parent.scratch.architecture.model_type=spiral"), "parent.scratch.architecture"),
-    "an architecture that is none": (("experiment=quickstart", "parent.scratch.architecture=llama"), "parent.scratch.architecture"),
-    "heads that do not divide": (("experiment=quickstart", "parent.scratch.architecture.num_attention_heads=7"), "parent.scratch.architecture"),
-    "an architecture of text": (("experiment=quickstart", "parent.scratch.architecture.hidden_size=wide"), "parent.scratch.architecture"),
+    "an architecture of no name": (
+        ("experiment=quickstart", "parent.scratch.architecture.model_type=spiral"),
+        "parent.scratch.architecture",
+    ),
+    "an architecture that is none": (
+        ("experiment=quickstart", "parent.scratch.architecture=llama"),
+        "parent.scratch.architecture",
+    ),
+    "heads that do not divide": (
+        ("experiment=quickstart", "parent.scratch.architecture.num_attention_heads=7"),
+        "parent.scratch.architecture",
+    ),
+    "an architecture of text": (
+        ("experiment=quickstart", "parent.scratch.architecture.hidden_size=wide"),
+        "parent.scratch.architecture",
+    ),
     "no layers at all": (("experiment=quickstart", "parent.scratch.architecture.num_hidden_layers=0"), "no nn.Linear"),
 }
 # What the parser of `plrd plan` would take for its own: the main job's flags.

@@ -1,4 +1,5 @@
-"""Lines, shards and corpora that are no text. The shard spoiled is the sound one's held-out shard, of 60 plain lines."""
+"""Lines, shards and corpora that are no text. The shard spoiled is the sound one's held-out shard, of 60 plain
+lines."""
 
 import gzip
 import shutil
@@ -111,9 +112,13 @@ SHARDS: dict[str, Bad] = {
     "corpus: texts of one token": bad(only("validation/a.jsonl", b'{"text": "w3"}\n' * 9), "corpus", "no document"),
     "corpus: a shard is a folder": bad(only("validation/a.jsonl", None), "corpus", "no shards"),
     "corpus: another split alone": bad(only("train/a.jsonl", b'{"text": "w3 w4"}\n'), "corpus", "no validation"),
-    "corpus: a shard beside the splits": bad(lambda folder: (folder / "a.jsonl").write_text('{"text": "w3 w4"}\n'), "corpus", "a.jsonl as no split"),
+    "corpus: a shard beside the splits": bad(
+        lambda folder: (folder / "a.jsonl").write_text('{"text": "w3 w4"}\n'), "corpus", "a.jsonl as no split"
+    ),
     "corpus: a shard twice": bad(lambda folder: (folder / f"{HELD_OUT}.gz").touch(), "corpus", "the same documents"),
-    "corpus: a shard of two splits": bad(lambda folder: (folder / "train/valid.jsonl").touch(), "corpus", "valid.jsonl"),
+    "corpus: a shard of two splits": bad(
+        lambda folder: (folder / "train/valid.jsonl").touch(), "corpus", "valid.jsonl"
+    ),
     "corpus: shards of parquet": bad(only("validation/a.parquet", b"PAR1"), "corpus", "no"),
     "corpus: a link to itself": bad(linked_to_itself, "corpus"),
 }

@@ -1,11 +1,24 @@
-"""Families that no command can use: family.json, and the folders of members that it names. The sound one has the members 1.5x and 2x."""
+"""Families that no command can use: family.json, and the folders of members that it names. The sound one has the
+members 1.5x and 2x."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from malformed import Bad, Spoil, bad, cut, edited, folder_instead, gone, holding, unreadable_json, with_key, without_key
+from malformed import (
+    Bad,
+    Spoil,
+    bad,
+    cut,
+    edited,
+    folder_instead,
+    gone,
+    holding,
+    unreadable_json,
+    with_key,
+    without_key,
+)
 
 FAMILY = "family.json"
 MEMBER = "members/2x"
@@ -37,7 +50,9 @@ FAMILIES: dict[str, Bad] = {
     "family: no parent": bad(without_key(FAMILY, "parent"), FAMILY),
     "family: no members": bad(without_key(FAMILY, "members"), FAMILY),
     "family: parent a string": bad(with_key(FAMILY, "parent", value="parent"), FAMILY, "parent"),
-    "family: parent a list of pairs": bad(edited(FAMILY, lambda f: {**f, "parent": [*f["parent"].items()]}), FAMILY, "parent"),
+    "family: parent a list of pairs": bad(
+        edited(FAMILY, lambda f: {**f, "parent": [*f["parent"].items()]}), FAMILY, "parent"
+    ),
     "family: parent without a path": bad(without_key(FAMILY, "parent", "path"), FAMILY, "path"),
     "family: parent's path a number": bad(with_key(FAMILY, "parent", "path", value=3), FAMILY, "path"),
     "family: parent's params a string": bad(with_key(FAMILY, "parent", "params", value="7B"), FAMILY, "params"),
@@ -80,19 +95,37 @@ MEMBERS: dict[str, Bad] = {
     "member: no weights": bad(gone(WEIGHTS), MEMBER),
     "member: weights cut": bad(cut(WEIGHTS, -100), "model.plrd.safetensors"),
     "member: weights a folder": bad(folder_instead(WEIGHTS), MEMBER),
-    "member: weights of a dense name": bad(lambda folder: (folder / WEIGHTS).rename(folder / MEMBER / "pytorch_model.bin"), MEMBER),
+    "member: weights of a dense name": bad(
+        lambda folder: (folder / WEIGHTS).rename(folder / MEMBER / "pytorch_model.bin"), MEMBER
+    ),
     "member: no ranks": bad(without_key(CONFIG, "plrd", "ranks"), "config.json", "ranks"),
     "member: plrd null": bad(with_key(CONFIG, "plrd", value=None), "config.json", "ranks"),
     "member: plrd a list": bad(with_key(CONFIG, "plrd", value=[1]), "config.json"),
     "member: ranks a list": bad(with_key(CONFIG, "plrd", "ranks", value=[3]), "config.json", "ranks"),
-    "member: a rank is zero": bad(with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=0), "config.json", "ranks"),
-    "member: a rank is negative": bad(with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=-4), "config.json", "ranks"),
-    "member: a rank is a string": bad(with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value="9"), "config.json", "ranks"),
-    "member: a rank is true": bad(with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=True), "config.json", "ranks"),
-    "member: a rank larger than the matrix": bad(with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=4000), "config.json"),
-    "member: a rank of another model": bad(with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=2), "config.json"),
-    "member: a rank of no Linear": bad(with_key(CONFIG, "plrd", "ranks", "model.layers.0.input_layernorm", value=3), "config.json", "layernorm"),
-    "member: a rank of nothing": bad(with_key(CONFIG, "plrd", "ranks", "model.layers.7.mlp.up_proj", value=3), "config.json"),
+    "member: a rank is zero": bad(
+        with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=0), "config.json", "ranks"
+    ),
+    "member: a rank is negative": bad(
+        with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=-4), "config.json", "ranks"
+    ),
+    "member: a rank is a string": bad(
+        with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value="9"), "config.json", "ranks"
+    ),
+    "member: a rank is true": bad(
+        with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=True), "config.json", "ranks"
+    ),
+    "member: a rank larger than the matrix": bad(
+        with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=4000), "config.json"
+    ),
+    "member: a rank of another model": bad(
+        with_key(CONFIG, "plrd", "ranks", "model.layers.0.mlp.up_proj", value=2), "config.json"
+    ),
+    "member: a rank of no Linear": bad(
+        with_key(CONFIG, "plrd", "ranks", "model.layers.0.input_layernorm", value=3), "config.json", "layernorm"
+    ),
+    "member: a rank of nothing": bad(
+        with_key(CONFIG, "plrd", "ranks", "model.layers.7.mlp.up_proj", value=3), "config.json"
+    ),
     "member: a parent of no kind": bad(with_key(CONFIG, "parent_model_type", value="oracle"), "config.json", "oracle"),
     "member: a parent of a list": bad(with_key(CONFIG, "parent_model_type", value=["llama"]), "config.json"),
     "member: no parent": bad(without_key(CONFIG, "parent_model_type"), "config.json"),

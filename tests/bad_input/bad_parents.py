@@ -1,4 +1,5 @@
-"""Parents and tokenizers that no family can be made from. The sound one is a Llama in one file, and `sharded` the same in several with an index."""
+"""Parents and tokenizers that no family can be made from. The sound one is a Llama in one file, and `sharded` the same
+in several with an index."""
 
 import os
 import pickle
@@ -7,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from malformed import Bad, Spoil, bad, cut, edited, folder_instead, gone, holding, unreadable_json, with_key, without_key
+from malformed import (
+    Bad,
+    Spoil,
+    bad,
+    cut,
+    edited,
+    folder_instead,
+    gone,
+    holding,
+    unreadable_json,
+    with_key,
+    without_key,
+)
 from safetensors.torch import load_file, save_file
 from tiny_parents import save_tokenizer
 
@@ -130,20 +143,38 @@ CONFIGS: dict[str, Bad] = {
     **unreadable_json("config.json", "config.json"),
     "no config.json": bad(gone("config.json"), "config.json"),
     "no model_type": bad(without_key("config.json", "model_type"), "config.json"),
-    "model_type of next year": bad(with_key("config.json", "model_type", value="llama9000"), "config.json", "llama9000"),
+    "model_type of next year": bad(
+        with_key("config.json", "model_type", value="llama9000"), "config.json", "llama9000"
+    ),
     "model_type a number": bad(with_key("config.json", "model_type", value=3), "config.json"),
     "model_type a list": bad(with_key("config.json", "model_type", value=["llama"]), "config.json"),
-    "an encoder": bad(edited("config.json", lambda c: {**c, "model_type": "bert", "architectures": ["BertModel"]}), "config.json", "causal LM"),
-    "an encoder-decoder": bad(
-        edited("config.json", lambda c: {**c, "model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}), "config.json", "causal LM"
+    "an encoder": bad(
+        edited("config.json", lambda c: {**c, "model_type": "bert", "architectures": ["BertModel"]}),
+        "config.json",
+        "causal LM",
     ),
-    "said to be an encoder-decoder": bad(with_key("config.json", "is_encoder_decoder", value=True), "config.json", "encoder-decoder"),
-    "a classifier": bad(with_key("config.json", "architectures", value=["LlamaForSequenceClassification"]), "config.json", "causal LM"),
+    "an encoder-decoder": bad(
+        edited("config.json", lambda c: {**c, "model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}),
+        "config.json",
+        "causal LM",
+    ),
+    "said to be an encoder-decoder": bad(
+        with_key("config.json", "is_encoder_decoder", value=True), "config.json", "encoder-decoder"
+    ),
+    "a classifier": bad(
+        with_key("config.json", "architectures", value=["LlamaForSequenceClassification"]), "config.json", "causal LM"
+    ),
     "architectures a number": bad(with_key("config.json", "architectures", value=[7]), "config.json"),
     "architectures a string": bad(with_key("config.json", "architectures", value="Llama"), "config.json"),
-    "quantized by gptq": bad(with_key("config.json", "quantization_config", value={"quant_method": "gptq", "bits": 4}), "config.json", "quantized"),
+    "quantized by gptq": bad(
+        with_key("config.json", "quantization_config", value={"quant_method": "gptq", "bits": 4}),
+        "config.json",
+        "quantized",
+    ),
     "quantized by bitsandbytes": bad(
-        with_key("config.json", "quantization_config", value={"quant_method": "bitsandbytes", "load_in_8bit": True}), "config.json", "quantized"
+        with_key("config.json", "quantization_config", value={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        "config.json",
+        "quantized",
     ),
     "quantized by nobody": bad(with_key("config.json", "quantization_config", value=3), "config.json"),
     "hidden_size a string": bad(with_key("config.json", "hidden_size", value="wide"), "config.json", "hidden_size"),
@@ -159,16 +190,24 @@ CONFIGS: dict[str, Bad] = {
     "no heads": bad(with_key("config.json", "num_attention_heads", value=0), "config.json"),
     "more key heads than heads": bad(with_key("config.json", "num_key_value_heads", value=3), "config.json"),
     "an activation that is none": bad(with_key("config.json", "hidden_act", value="gelu9"), "config.json", "gelu9"),
-    "rope of no kind": bad(with_key("config.json", "rope_parameters", value={"rope_type": "spiral", "rope_theta": 1e4}), "config.json", "spiral"),
+    "rope of no kind": bad(
+        with_key("config.json", "rope_parameters", value={"rope_type": "spiral", "rope_theta": 1e4}),
+        "config.json",
+        "spiral",
+    ),
     "rope a string": bad(with_key("config.json", "rope_parameters", value="long"), "config.json"),
     "vocabulary of another model": bad(with_key("config.json", "vocab_size", value=128), "config.json"),
     "vocabulary negative": bad(with_key("config.json", "vocab_size", value=-1), "vocab_size"),
     "vocabulary a string": bad(with_key("config.json", "vocab_size", value="64"), "config.json", "vocab_size"),
     "remote code for the config": bad(
-        remote_code("config.json", "class Config: pass", model_type="theirs", auto_map={"AutoConfig": "theirs.Config"}), "config.json", "custom code"
+        remote_code("config.json", "class Config: pass", model_type="theirs", auto_map={"AutoConfig": "theirs.Config"}),
+        "config.json",
+        "custom code",
     ),
     "remote code from elsewhere": bad(
-        remote_code("config.json", "", model_type="theirs", auto_map={"AutoConfig": "someone/repo--theirs.Config"}), "config.json", "custom code"
+        remote_code("config.json", "", model_type="theirs", auto_map={"AutoConfig": "someone/repo--theirs.Config"}),
+        "config.json",
+        "custom code",
     ),
     "auto_map a number": bad(remote_code("config.json", "", model_type="theirs", auto_map=3), "config.json"),
 }
@@ -184,7 +223,9 @@ WEIGHT_FILES: dict[str, Bad] = {
     "weights: bytes at the end": bad(lambda folder: (folder / WEIGHTS).open("ab").write(b"more"), WEIGHTS),
     "weights: NUL bytes": bad(holding(WEIGHTS, bytes(4096)), WEIGHTS),
     "weights: a header of exabytes": bad(holding(WEIGHTS, b"\xff" * 8 + b"{}"), WEIGHTS),
-    "weights: text": bad(holding(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"), WEIGHTS),
+    "weights: text": bad(
+        holding(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"), WEIGHTS
+    ),
     "weights: header is a list": bad(header(lambda _: b"[]"), WEIGHTS),
     "weights: header is no JSON": bad(header(lambda whole: whole[:-30]), WEIGHTS),
     "weights: header nested": bad(header(lambda _: b"[" * 50_000), WEIGHTS),
@@ -199,8 +240,12 @@ WEIGHT_FILES: dict[str, Bad] = {
     "pytorch_model.bin alone": bad(pickled("pytorch_model.bin", 2), "parent", ".bin"),
     "torch.save as pytorch_model.bin": bad(torch_saved("pytorch_model.bin"), "parent", ".bin"),
     "consolidated.pth alone": bad(torch_saved("consolidated.00.pth"), "parent", "has no model.safetensors"),
-    "scales beside a weight": bad(instead(f"{UP}_scale_inv", torch.ones(1, 1)), f"{UP}_scale_inv".replace(".1.", ".*."), "unquantized"),
-    "packed weights beside a weight": bad(instead(UP.replace("weight", "qweight"), torch.ones(4, 4).int()), "up_proj.qweight", "unquantized"),
+    "scales beside a weight": bad(
+        instead(f"{UP}_scale_inv", torch.ones(1, 1)), f"{UP}_scale_inv".replace(".1.", ".*."), "unquantized"
+    ),
+    "packed weights beside a weight": bad(
+        instead(UP.replace("weight", "qweight"), torch.ones(4, 4).int()), "up_proj.qweight", "unquantized"
+    ),
     "a bias that the config does not know": bad(instead(UP.replace("weight", "bias"), torch.ones(48)), "up_proj.bias"),
     "float8": bad(instead(UP, torch.ones(48, 32).to(torch.float8_e4m3fn)), UP, "float8_e4m3fn"),
     "float8 of the other kind": bad(instead(UP, torch.ones(48, 32).to(torch.float8_e5m2)), UP, "float8_e5m2"),
@@ -235,13 +280,23 @@ INDICES: dict[str, Bad] = {
     "index: a file name is empty": bad(with_key(INDEX, "weight_map", "lm_head.weight", value=""), INDEX),
     "index: a file name holds NUL": bad(with_key(INDEX, "weight_map", "lm_head.weight", value="a\0b"), INDEX),
     "index: a file name of 5000 letters": bad(with_key(INDEX, "weight_map", "lm_head.weight", value="a" * 5000), INDEX),
-    "index: a file that is missing": bad(with_key(INDEX, "weight_map", "lm_head.weight", value="model-9.safetensors"), INDEX, "model-9"),
-    "index: a tensor that is not there": bad(with_key(INDEX, "weight_map", "model.more", value="model-00001-of-00008.safetensors"), INDEX),
+    "index: a file that is missing": bad(
+        with_key(INDEX, "weight_map", "lm_head.weight", value="model-9.safetensors"), INDEX, "model-9"
+    ),
+    "index: a tensor that is not there": bad(
+        with_key(INDEX, "weight_map", "model.more", value="model-00001-of-00008.safetensors"), INDEX
+    ),
     "index: ../outside": bad(shard_named(lambda folder: "../outside.safetensors"), INDEX, "outside its folder"),
-    "index: in/../../outside": bad(shard_named(lambda folder: "in/../../outside.safetensors"), INDEX, "outside its folder"),
-    "index: an absolute path": bad(shard_named(lambda folder: str(folder.parent / "outside.safetensors")), INDEX, "outside its folder"),
+    "index: in/../../outside": bad(
+        shard_named(lambda folder: "in/../../outside.safetensors"), INDEX, "outside its folder"
+    ),
+    "index: an absolute path": bad(
+        shard_named(lambda folder: str(folder.parent / "outside.safetensors")), INDEX, "outside its folder"
+    ),
     "index: a link that leaves the folder": bad(linked_outside, INDEX, "outside its folder"),
-    "index: a shard is a folder": bad(lambda folder: folder_instead(min(p.name for p in folder.glob("model-*")))(folder), INDEX),
+    "index: a shard is a folder": bad(
+        lambda folder: folder_instead(min(p.name for p in folder.glob("model-*")))(folder), INDEX
+    ),
     "index: a shard is truncated": bad(first_shard(cut(WEIGHTS, -5)), "model-0"),
     "index: a shard is a pickle": bad(first_shard(pickled(WEIGHTS, 4)), "model-0"),
     "index: a shard is empty": bad(first_shard(holding(WEIGHTS, b"")), "model-0"),
@@ -252,9 +307,14 @@ TOKENIZERS: dict[str, Bad] = {
     "no tokenizer": bad(gone("tokenizer.json"), "parent", "no tokenizer"),
     "nor its settings": bad(gone("tokenizer.json", "tokenizer_config.json"), "parent", "no tokenizer"),
     "tokenizer of another model": bad(larger_tokenizer, "parent", "an id of 79", "vocab_size of 64"),
-    "tokenizer: an id beyond the vocabulary": bad(with_key("tokenizer.json", "model", "vocab", "w9", value=900), "parent", "900"),
+    "tokenizer: an id beyond the vocabulary": bad(
+        with_key("tokenizer.json", "model", "vocab", "w9", value=900), "parent", "900"
+    ),
     "tokenizer: an added token beyond the vocabulary in the prompt": bad(
-        edited("tokenizer.json", lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 5000, "content": "w3 w9"})),
+        edited(
+            "tokenizer.json",
+            lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 5000, "content": "w3 w9"}),
+        ),
         "'w3 w9'",
         "64 embeddings",
     ),
@@ -264,20 +324,36 @@ TOKENIZERS: dict[str, Bad] = {
     "tokenizer: an id is a string": bad(with_key("tokenizer.json", "model", "vocab", "w9", value="9"), "parent"),
     "tokenizer: an id is negative": bad(with_key("tokenizer.json", "model", "vocab", "w9", value=-9), "parent"),
     "tokenizer: a model of no kind": bad(with_key("tokenizer.json", "model", "type", value="Oracle"), "parent"),
-    "tokenizer: a pre-tokenizer of no kind": bad(with_key("tokenizer.json", "pre_tokenizer", value={"type": "Nothing"}), "parent"),
+    "tokenizer: a pre-tokenizer of no kind": bad(
+        with_key("tokenizer.json", "pre_tokenizer", value={"type": "Nothing"}), "parent"
+    ),
     "tokenizer: a regular expression that is none": bad(
-        with_key("tokenizer.json", "pre_tokenizer", value={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
+        with_key(
+            "tokenizer.json",
+            "pre_tokenizer",
+            value={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+        ),
         "parent",
     ),
     "tokenizer: no unknown token": bad(with_key("tokenizer.json", "model", "unk_token", value="<nothing>"), "parent"),
-    **{name: bad(case.spoil, "parent") for name, case in unreadable_json("tokenizer_config.json").items() if not name.endswith(("a folder",))},
+    **{
+        name: bad(case.spoil, "parent")
+        for name, case in unreadable_json("tokenizer_config.json").items()
+        if not name.endswith(("a folder",))
+    },
     "tokenizer: remote code": bad(
-        remote_code("tokenizer_config.json", "class Own: pass", tokenizer_class="Own", auto_map={"AutoTokenizer": ["theirs.Own", None]}),
+        remote_code(
+            "tokenizer_config.json",
+            "class Own: pass",
+            tokenizer_class="Own",
+            auto_map={"AutoTokenizer": ["theirs.Own", None]},
+        ),
         "parent",
         "custom code",
     ),
     "tokenizer: a sentencepiece model of nothing": bad(
-        lambda folder: [spoil(folder) for spoil in (gone("tokenizer.json"), holding("tokenizer.model", b"nothing"))], "parent"
+        lambda folder: [spoil(folder) for spoil in (gone("tokenizer.json"), holding("tokenizer.model", b"nothing"))],
+        "parent",
     ),
 }
 

@@ -8,12 +8,13 @@ from malformed import contents
 from tiny_family import write_corpus, write_parent
 from transformers import AutoModelForCausalLM
 
-from plrd_train.cli import main
+from plrd_train.commands.cli import main
 
 
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory) -> Path:
-    """A folder with parent, sharded (the same in several files), corpus and family (two members, made by `plrd factor`)."""
+    """A folder with parent, sharded (the same in several files), corpus and family (two members, made by `plrd
+    factor`)."""
     folder = tmp_path_factory.mktemp("sound")
     write_parent(folder / "parent")
     write_corpus(folder / "corpus")
@@ -40,7 +41,8 @@ def refused(plrd):
 
 @pytest.fixture
 def spoiled(sound, tmp_path):
-    """spoiled(kind, bad) -> a copy of the sound folder `kind`, spoiled; at the end of the test it must be as it was then."""
+    """spoiled(kind, bad) -> a copy of the sound folder `kind`, spoiled; at the end of the test it must be as it was
+    then."""
     made: list[tuple[Path, dict]] = []
 
     def make(kind: str, case) -> Path:

@@ -1,4 +1,5 @@
-"""What the tables of malformed inputs are made of: a way to spoil a sound folder, and what the one line that refuses it must name."""
+"""What the tables of malformed inputs are made of: a way to spoil a sound folder, and what the one line that refuses it
+must name."""
 
 import json
 from collections.abc import Callable

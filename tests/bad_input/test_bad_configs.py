@@ -1,21 +1,25 @@
-"""Malformed arguments, given to `plrd plan`, which composes and checks them as the main job does, and flags, which that job's sweep reads."""
+"""Malformed arguments, given to `plrd plan`, which composes and checks them as the main job does, and flags, which that
+job's sweep reads."""
 
 import bad_configs
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from plrd_train import sweep
-from plrd_train.compose import compose
-from plrd_train.config import from_mapping
+from plrd_train.config import sweep
+from plrd_train.config.compose import compose
+from plrd_train.config.schema import from_mapping
 from plrd_train.errors import UserError
 
-# Composing takes a quarter of a second: by default every fourth does so, and each that Hydra itself has to refuse; `-m slow` runs them all.
+# Composing takes a quarter of a second: by default every fourth does so, and each that Hydra itself has to refuse; `-m
+# slow` runs them all.
 HYDRA = [name for name in bad_configs.CASES if name not in bad_configs.VALUES]
 OFTEN = {*HYDRA, *list(bad_configs.VALUES)[::4]}
 
 
-@pytest.mark.parametrize("name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in bad_configs.CASES])
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in bad_configs.CASES]
+)
 def test_a_config_that_cannot_be_is_refused(name, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, named = bad_configs.CASES[name]

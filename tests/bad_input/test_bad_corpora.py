@@ -36,15 +36,29 @@ def test_a_malformed_corpus_is_refused(name, sound, spoiled, refused):
 GOOD = st.builds(lambda text: json.dumps({"text": text}, ensure_ascii=False).encode(), st.text("abc é東", min_size=1))
 BAD = st.one_of(
     st.binary(max_size=40).map(lambda data: b"{" + data.replace(b"\n", b"").replace(b"}", b"")),
-    st.sampled_from([content for content, _ in bad_corpora.LINES.values() if len(content) < 1000 and b"\n" not in content]),
-    st.recursive(st.none() | st.booleans() | st.integers(), lambda part: st.lists(part, max_size=3)).map(lambda value: json.dumps(value).encode()),
+    st.sampled_from(
+        [content for content, _ in bad_corpora.LINES.values() if len(content) < 1000 and b"\n" not in content]
+    ),
+    st.recursive(st.none() | st.booleans() | st.integers(), lambda part: st.lists(part, max_size=3)).map(
+        lambda value: json.dumps(value).encode()
+    ),
 )
-PACK = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.ZstdCompressor(write_checksum=True).compress}
-SLOWLY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+PACK = {
+    ".jsonl": bytes,
+    ".jsonl.gz": gzip.compress,
+    ".jsonl.zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+SLOWLY = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 
 
 @SLOWLY
-@given(lines=st.lists(st.tuples(st.booleans(), GOOD, BAD), max_size=12), suffix=st.sampled_from(sorted(PACK)), stripes=st.integers(1, 3))
+@given(
+    lines=st.lists(st.tuples(st.booleans(), GOOD, BAD), max_size=12),
+    suffix=st.sampled_from(sorted(PACK)),
+    stripes=st.integers(1, 3),
+)
 def test_bad_lines_at_random_are_counted_exactly(tmp_path, lines, suffix, stripes):
     shard = tmp_path / f"a{suffix}"
     shard.write_bytes(PACK[suffix](b"".join((good if is_good else wrong) + b"\n" for is_good, good, wrong in lines)))
@@ -64,7 +78,12 @@ def test_bad_lines_at_random_are_counted_exactly(tmp_path, lines, suffix, stripe
 
 
 @SLOWLY
-@given(suffix=st.sampled_from([".jsonl.gz", ".jsonl.zst"]), cut=st.booleans(), at=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+@given(
+    suffix=st.sampled_from([".jsonl.gz", ".jsonl.zst"]),
+    cut=st.booleans(),
+    at=st.floats(0, 1, exclude_max=True),
+    mask=st.integers(1, 255),
+)
 def test_a_shard_that_is_cut_or_flipped_at_random(tmp_path, suffix, cut, at, mask):
     texts = [f"w{i} " * (i % 7 + 1) for i in range(200)]
     whole = PACK[suffix](b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts))

@@ -45,7 +45,11 @@ def test_a_malformed_run_is_refused(name, run, monkeypatch, tmp_path):
     case.spoil(folder)
     before = contents(folder)
     ended = run_job(1, arguments)
-    assert (ended.status, ended.err.count("\n"), ended.err[:7]) == (2, 1, "error: "), (ended.status, ended.out[-300:], ended.err[-1500:])
+    assert (ended.status, ended.err.count("\n"), ended.err[:7]) == (2, 1, "error: "), (
+        ended.status,
+        ended.out[-300:],
+        ended.err[-1500:],
+    )
     for part in case.named:
         assert part in ended.err, (part, ended.err)
     after = contents(folder)

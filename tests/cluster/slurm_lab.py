@@ -1,8 +1,9 @@
 """Slurm on one machine: Debian's munged, slurmctld and a slurmd for each node, which a test can cut from power.
 
-The cluster lives in process, network and mount namespaces of its own, and each node in its own inside these, with its host name, address, /proc and
-/dev/shm. The first process of a namespace takes everything in it along when it is killed: that is how a node loses its power, and how the cluster
-ends, even where pytest is killed. There is no systemd, no cgroup and no database: memory and CPUs are not limited, and `sacct` knows nothing.
+The cluster lives in process, network and mount namespaces of its own, and each node in its own inside these, with its
+host name, address, /proc and /dev/shm. The first process of a namespace takes everything in it along when it is killed:
+that is how a node loses its power, and how the cluster ends, even where pytest is killed. There is no systemd, no
+cgroup and no database: memory and CPUs are not limited, and `sacct` knows nothing.
 """
 
 import contextlib
@@ -63,7 +64,18 @@ class Namespaces:
 
     def __init__(self, setup: str, inside: "Namespaces | None" = None, log: Path = Path("/dev/null")):
         """`setup` is run by a shell in them first."""
-        command = ["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc", "bash", "-ec"]
+        command = [
+            "unshare",
+            "--net",
+            "--pid",
+            "--mount",
+            "--uts",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "bash",
+            "-ec",
+        ]
         before = inside.enter() if inside else []
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -111,23 +123,46 @@ class Cluster:
         folder.chmod(0o755)  # munge insists
         (folder / "munge.key").write_bytes(secrets.token_bytes(128))
         (folder / "munge.key").chmod(0o600)
-        lines = [f"NodeName={node} NodeAddr={address} CPUs=4 Gres=gpu:{gpus} State=UNKNOWN" for node, address in addresses.items()]
+        lines = [
+            f"NodeName={node} NodeAddr={address} CPUs=4 Gres=gpu:{gpus} State=UNKNOWN"
+            for node, address in addresses.items()
+        ]
         host = socket.gethostname().partition(".")[0]
-        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, network=NETWORK, credential=CREDENTIAL_S, nodes="\n".join(lines)))
+        (folder / "slurm.conf").write_text(
+            CONFIG.format(folder=folder, host=host, network=NETWORK, credential=CREDENTIAL_S, nodes="\n".join(lines))
+        )
         devices = [folder / f"gpu{i}" for i in range(gpus)]
         for device in devices:  # slurmd looks for a device of each; these are /dev/null, and compute nothing
             os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
-        (folder / "gres.conf").write_text("".join(f"NodeName={','.join(nodes)} Name=gpu File={device}\n" for device in devices))
-        (folder / "hosts").write_text("".join(f"{address} {node}\n" for node, address in {"localhost": "127.0.0.1", **addresses}.items()))
+        (folder / "gres.conf").write_text(
+            "".join(f"NodeName={','.join(nodes)} Name=gpu File={device}\n" for device in devices)
+        )
+        (folder / "hosts").write_text(
+            "".join(f"{address} {node}\n" for node, address in {"localhost": "127.0.0.1", **addresses}.items())
+        )
         self._addresses = addresses
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-        network = f"ip link add lab type bridge; ip addr add {NETWORK}.254/24 dev lab; ip link set lab up; ip link set lo up"
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        }
+        network = (
+            f"ip link add lab type bridge; ip addr add {NETWORK}.254/24 dev lab; ip link set lab up; ip link set lo up"
+        )
         self._world = Namespaces(f"mount --bind {folder}/hosts /etc/hosts; {network}", log=folder / "world.log")
 
     def start(self) -> None:
         """Start everything; returns when all nodes can take jobs."""
-        files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "munge.seed", "log-file": "munged.log"}
-        self._daemon(self._world, "munged", "--foreground", *(f"--{name}={self.folder / file}" for name, file in files.items()))
+        files = {
+            "key-file": "munge.key",
+            "socket": "munge.socket",
+            "pid-file": "munged.pid",
+            "seed-file": "munge.seed",
+            "log-file": "munged.log",
+        }
+        self._daemon(
+            self._world, "munged", "--foreground", *(f"--{name}={self.folder / file}" for name, file in files.items())
+        )
         self._until(lambda: (self.folder / "munge.socket").exists(), "munged")
         self._daemon(self._world, "slurmctld", "-D")
         self._until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld")
@@ -146,19 +181,23 @@ class Cluster:
         machine.run("ip", "addr", "add", f"{self._addresses[node]}/24", "dev", "eth0")
         machine.run("ip", "link", "set", "eth0", "up")
         self._daemon(machine, "slurmd", "-D", "-b", "-N", node)
-        self._until(lambda: not re.match("down|unknown", self.state(node)) and "*" not in self.state(node), f"slurmd of {node}")
+        self._until(
+            lambda: not re.match("down|unknown", self.state(node)) and "*" not in self.state(node), f"slurmd of {node}"
+        )
 
     def cut(self, node: str) -> None:
         """Take the node its power: everything on it ends at once."""
         self._powered.pop(node).kill()
 
     def write_off(self, node: str) -> None:
-        """Tell Slurm that the node is lost, as administrators do; else it waits for SlurmdTimeout, five minutes, before it ends the jobs there."""
+        """Tell Slurm that the node is lost, as administrators do; else it waits for SlurmdTimeout, five minutes, before
+        it ends the jobs there."""
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
 
     def repair(self, node: str) -> None:
-        """Give a node that was written off its power again, but no job while anything of before its fall can reach that: an old credential, or
-        a message that slurmctld repeats each minute. The one that kills the lost step names it by a number that the requeued job's step has too.
+        """Give a node that was written off its power again, but no job while anything of before its fall can reach
+        that: an old credential, or a message that slurmctld repeats each minute. The one that kills the lost step names
+        it by a number that the requeued job's step has too.
         """
         self.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=lost")
         self.boot(node)
@@ -187,18 +226,33 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """What a command of Slurm's prints."""
-        done = subprocess.run([*self.reach(), *command], env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [*self.reach(), *command],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm knows of a job (`scontrol show job`); of an array, of its first task."""
-        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", number).splitlines()[0]))
+        return dict(
+            re.findall(r"(\w+)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", number).splitlines()[0])
+        )
 
     def _daemon(self, place: Namespaces, *command: str) -> None:
         with (self.folder / f"{command[0]}.out").open("ab") as output:
             self._daemons.append(
-                subprocess.Popen([*place.enter(), *command], env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                subprocess.Popen(
+                    [*place.enter(), *command],
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                )
             )
 
     def _until(self, condition: Callable[[], object], what: str, seconds: float = 30) -> None:
@@ -209,15 +263,22 @@ class Cluster:
 
     def logs(self) -> str:
         """The ends of the logs of the daemons."""
-        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in sorted(self.folder.glob("*.log")))
+        return "\n".join(
+            f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in sorted(self.folder.glob("*.log"))
+        )
 
 
 @contextmanager
 def cluster(folder: Path, nodes: Sequence[str] = ("node1", "node2"), gpus: int = 2) -> Iterator[Cluster]:
-    """A Slurm of these nodes, with as many pretended GPUs each, runs inside; nothing of it is left afterwards. Its files go to `folder`, which
-    everybody must be allowed to enter. Skips the test where that cannot be."""
+    """A Slurm of these nodes, with as many pretended GPUs each, runs inside; nothing of it is left afterwards. Its
+    files go to `folder`, which everybody must be allowed to enter. Skips the test where that cannot be."""
     require_debian(*PACKAGES)
-    if os.geteuid() or subprocess.run(["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "true"], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "true"], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs root and the right to make namespaces")
     made = Cluster(folder, nodes, gpus)
     try:

@@ -1,4 +1,5 @@
-"""The image, built without a container engine: by buildah on a plain Debian from debootstrap, and the quickstart run inside."""
+"""The image, built without a container engine: by buildah on a plain Debian from debootstrap, and the quickstart run
+inside."""
 
 import ast
 import importlib.metadata
@@ -21,7 +22,8 @@ Buildah = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
-    """buildah(*arguments) -> what it wrote to standard output. All that it stores lies in a temporary folder; nothing outlives the tests."""
+    """buildah(*arguments) -> what it wrote to standard output. All that it stores lies in a temporary folder; nothing
+    outlives the tests."""
     if os.geteuid():
         pytest.skip("needs root: images are built by chroot")
     require_debian("buildah", "debootstrap")
@@ -35,8 +37,12 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
 
     def run(*arguments: str | Path) -> str:
         command = ["buildah", "--root", folder / "root", "--runroot", folder / "runroot", *arguments]
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0, f"buildah {' '.join(map(str, arguments))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        done = subprocess.run(
+            command, env=environment, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == 0, (
+            f"buildah {' '.join(map(str, arguments))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         return done.stdout
 
     try:
@@ -53,8 +59,24 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
 def context(buildah: Buildah, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a builder gets of a checkout in which a user has worked, and left secrets."""
     checkout, context = tmp_path_factory.mktemp("checkout") / "plrd", tmp_path_factory.mktemp("context") / "plrd"
-    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", ".venv", ".*_cache", ".hypothesis", "runs", "wandb", "outputs", "multirun"))
-    for name in (".env", ".netrc", ".git/config", ".venv/bin/python", "hosts", "runs/mine/family.json", "conf/.env", "launch/.netrc", "wandb/log"):
+    shutil.copytree(
+        ROOT,
+        checkout,
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv", ".*_cache", ".hypothesis", "runs", "wandb", "outputs", "multirun"
+        ),
+    )
+    for name in (
+        ".env",
+        ".netrc",
+        ".git/config",
+        ".venv/bin/python",
+        "hosts",
+        "runs/mine/family.json",
+        "conf/.env",
+        "launch/.netrc",
+        "wandb/log",
+    ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("planted")
     file = tmp_path_factory.mktemp("file") / "Dockerfile"
@@ -67,7 +89,9 @@ def context(buildah: Buildah, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def image(buildah: Buildah, context: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The name of the image, built on a plain Debian."""
     folder = tmp_path_factory.mktemp("base")
-    made = subprocess.run(["debootstrap", "--variant=minbase", "bookworm", folder / "root"], capture_output=True, text=True)
+    made = subprocess.run(
+        ["debootstrap", "--variant=minbase", "bookworm", folder / "root"], capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"debootstrap failed: {(made.stdout + made.stderr).strip().splitlines()[-1]}")
     (folder / "root/etc/dpkg/dpkg.cfg.d/speedup").write_text("force-unsafe-io\n")  # as in Debian's own image
@@ -81,8 +105,11 @@ def image(buildah: Buildah, context: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def _pip_configuration(folder: Path) -> list[str]:
-    """Options that lend a build this machine's configuration of pip, with the folders and the certificate that it names."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    """Options that lend a build this machine's configuration of pip, with the folders and the certificate that it
+    names."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
     given: dict[str, str] = {}
     for line in sorted(listed.splitlines()):  # `:env:` sorts, and counts, before files
         key, _, value = line.partition("=")
@@ -91,7 +118,8 @@ def _pip_configuration(folder: Path) -> list[str]:
     for option, value in given.items():
         for word in value.split():
             path = Path(word.removeprefix("file://"))
-            if path.is_absolute() and path.is_file():  # a certificate: not over the file of that name that a package of the build brings
+            # A certificate: not over the file of that name that a package of the build brings.
+            if path.is_absolute() and path.is_file():
                 volumes[path] = given[option] = f"/run/pip/{path.name}"
             elif path.is_absolute() and path.is_dir():  # the files of an index lie beside it
                 path = path.parent if word.startswith("file:") else path
@@ -114,9 +142,22 @@ def config(buildah: Buildah, image: str) -> dict:
 
 def test_a_builder_gets_the_sources_alone(context: Path) -> None:
     files = {path.relative_to(context): path for path in context.rglob("*") if path.is_file()}
-    assert {path.parts[0] for path in files} == {"LICENSE", "README.md", "conf", "launch", "plrd_train", "pyproject.toml", "requirements.lock"}
+    assert {path.parts[0] for path in files} == {
+        "LICENSE",
+        "README.md",
+        "conf",
+        "launch",
+        "plrd_train",
+        "pyproject.toml",
+        "requirements.lock",
+    }
     assert not [name for name, path in files.items() if path.read_bytes() == b"planted"]
-    sources = {path.relative_to(ROOT) for folder in ("conf", "launch", "plrd_train") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    sources = {
+        path.relative_to(ROOT)
+        for folder in ("conf", "launch", "plrd_train")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
     assert {path for path in sources if "__pycache__" not in path.parts} <= set(files)
     assert sum(path.stat().st_size for path in files.values()) < 2e6
 
@@ -125,13 +166,14 @@ def test_the_entry_point_is_plrd_and_the_user_not_root(run: Callable[..., str], 
     assert importlib.metadata.version("plrd-train") in run(*config["Entrypoint"], "--version")
     assert "FAMILY" in run(*config["Entrypoint"], "show", "--help")
     assert run("id", "--user").strip() != "0"
-    assert not [variable for variable in config["Env"] if variable.split("=")[0] not in {"HOME", "PATH"}]  # no key, no token, no host of the builder
+    # No key, no token, no host of the builder.
+    assert not [variable for variable in config["Env"] if variable.split("=")[0] not in {"HOME", "PATH"}]
 
 
 def test_the_lock_is_installed(run: Callable[..., str]) -> None:
     installed = {line.split("+")[0] for line in run("pip", "freeze", "--exclude", "plrd-train").splitlines()}
     assert set((ROOT / "requirements.lock").read_text().splitlines()) <= installed
-    module = run("python", "-c", "import plrd_train.compose as c; print(c.__file__, c.CONF)")
+    module = run("python", "-c", "import plrd_train.config.compose as c; print(c.__file__, c.CONF)")
     assert all("site-packages/plrd_train/" in path for path in module.split())  # the wheel, with conf/ inside
 
 
@@ -151,5 +193,10 @@ def test_any_user_can_run_it(run: Callable[..., str], config: dict) -> None:
     as_stranger = ["--user", STRANGER]
     run("sh", "-c", 'touch "$HOME/.cache/huggingface/mine" runs/mine', options=as_stranger)
     includes = run("python", "-c", "import sysconfig; print(sysconfig.get_path('include'))").strip()
-    run("sh", "-c", f"printf '#include <Python.h>\n#include <vector>\n' | c++ -x c++ -I{includes} -c -o /tmp/it.o -", options=as_stranger)
+    run(
+        "sh",
+        "-c",
+        f"printf '#include <Python.h>\n#include <vector>\n' | c++ -x c++ -I{includes} -c -o /tmp/it.o -",
+        options=as_stranger,
+    )
     assert "FAMILY" in run(*config["Entrypoint"], "--help", options=as_stranger)

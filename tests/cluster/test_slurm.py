@@ -56,7 +56,11 @@ def in_training(slurm: Cluster, job: str, run_dir: Path, steps: int) -> None:
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
     file = run_dir / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
+    rows = (
+        [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if file.exists()
+        else []
+    )
     return [(row["step"], row["train/loss"]) for row in rows]
 
 
@@ -95,10 +99,15 @@ def test_the_family_is_evaluated_when_it_is_finished(slurm, undisturbed):
     assert ended(slurm, evaluation, run_dir)["StartTime"] >= slurm.job(job)["EndTime"]
     found = json.loads((run_dir / "slurm" / evaluation / "evaluation.json").read_text())
     assert found["members"].keys() == {"1.25x", "1.6x"}
-    assert all(0 < result["nll_tokens"] <= 500 and result["ppl"] > 1 for result in (found["parent"], *found["members"].values()))
+    assert all(
+        0 < result["nll_tokens"] <= 500 and result["ppl"] > 1
+        for result in (found["parent"], *found["members"].values())
+    )
 
 
-def test_a_job_that_is_signalled_before_its_limit_is_requeued_and_ends_as_if_nothing_had_happened(slurm, undisturbed, command, tmp_path):
+def test_a_job_that_is_signalled_before_its_limit_is_requeued_and_ends_as_if_nothing_had_happened(
+    slurm, undisturbed, command, tmp_path
+):
     run_dir = tmp_path / "run"
     job = submit(slurm, "family", *command(run_dir, LONG), options=("--nodes=2",))
     in_training(slurm, job, run_dir, 5)

@@ -10,7 +10,12 @@ from processes import run_job
 from safetensors.torch import load_file
 from slurm_lab import cluster
 
-JOBS = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=20"]
+JOBS = [
+    "hydra/launcher=submitit_slurm",
+    "hydra.launcher.nodes=2",
+    "hydra.launcher.cpus_per_task=1",
+    "hydra.launcher.timeout_min=20",
+]
 
 
 def in_training(run_dir: Path) -> bool:
@@ -34,9 +39,15 @@ def test_a_point_that_is_preempted_is_requeued_and_goes_on(command, tmp_path, mo
                 time.sleep(0.2)
             assert run.status() == 0, run.err
     (log,) = (tmp_path / "runs" / "multirun").glob(f"*/.submitit/{array}_0/{array}_0_0_log.out")
-    assert log.read_text().count("stopped as asked, after ") == 1 and log.read_text().count("perplexity of the parent") == 1
+    assert (
+        log.read_text().count("stopped as asked, after ") == 1
+        and log.read_text().count("perplexity of the parent") == 1
+    )
     for seed in (0, 1):
         assert run_job(2, command(tmp_path / f"alone-{seed}", *short, f"seed={seed}")).status == 0
-        (made,), (alone,) = (folder.glob("members/1.25x/*.safetensors") for folder in (tmp_path / f"seed-{seed}", tmp_path / f"alone-{seed}"))
+        (made,), (alone,) = (
+            folder.glob("members/1.25x/*.safetensors")
+            for folder in (tmp_path / f"seed-{seed}", tmp_path / f"alone-{seed}")
+        )
         made, alone = load_file(made), load_file(alone)
         assert made.keys() == alone.keys() and all((made[name] == tensor).all() for name, tensor in alone.items())

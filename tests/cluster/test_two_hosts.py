@@ -27,11 +27,25 @@ class Network:
         for name in self._names.values():
             self._ip("netns", "add", name)
             self._etc(name).mkdir(parents=True)
-            (self._etc(name) / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # which says at once that nobody is there
+            # Which says at once that nobody is there.
+            (self._etc(name) / "resolv.conf").write_text("nameserver 127.0.0.1\n")
         self._ip("-n", self._names["switch"], "link", "add", "bridge", "type", "bridge")
         self._ip("-n", self._names["switch"], "link", "set", "bridge", "up")
         for host, address in HOSTS.items():
-            self._ip("link", "add", "eth0", "netns", self._names[host], "type", "veth", "peer", "name", host, "netns", self._names["switch"])
+            self._ip(
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                self._names[host],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                host,
+                "netns",
+                self._names["switch"],
+            )
             self._ip("-n", self._names["switch"], "link", "set", host, "master", "bridge", "up")
             self._ip("-n", self._names[host], "address", "add", f"{address}/24", "dev", "eth0")
             self._ip("-n", self._names[host], "link", "set", "eth0", "up")
@@ -101,7 +115,9 @@ def family(run_dir: Path) -> dict:
 
 def same(found: dict, expected: dict) -> None:
     assert len(found["members"]) == 2 and {member["world_size"] for member in found["members"]} == {2}
-    for one, other in zip([found["parent"], *found["members"]], [expected["parent"], *expected["members"]], strict=True):
+    for one, other in zip(
+        [found["parent"], *found["members"]], [expected["parent"], *expected["members"]], strict=True
+    ):
         assert one["eval"]["ppl"] == pytest.approx(other["eval"]["ppl"], rel=1e-6)
 
 
@@ -113,7 +129,13 @@ def finished(*launchers: Launched) -> str:
 
 
 def torchrun(network: Network, host: str, rendezvous: str, arguments: list[str]):
-    return launched(network.on(host, LAUNCH / "torchrun.sh", *arguments), NNODES=2, NPROC=1, RDZV=rendezvous, GLOO_SOCKET_IFNAME=None)
+    return launched(
+        network.on(host, LAUNCH / "torchrun.sh", *arguments),
+        NNODES=2,
+        NPROC=1,
+        RDZV=rendezvous,
+        GLOO_SOCKET_IFNAME=None,
+    )
 
 
 @pytest.mark.parametrize("rendezvous", ["alpha", f"{HOSTS['beta']}:29511"])
@@ -122,7 +144,10 @@ def test_torchrun(network, command, on_one_host, tmp_path, rendezvous):
     if rendezvous in HOSTS:
         network.name_hosts()
     arguments = command(tmp_path / "run", "engine=fsdp")
-    with torchrun(network, "alpha", rendezvous, arguments) as alpha, torchrun(network, "beta", rendezvous, arguments) as beta:
+    with (
+        torchrun(network, "alpha", rendezvous, arguments) as alpha,
+        torchrun(network, "beta", rendezvous, arguments) as beta,
+    ):
         assert finished(alpha, beta).count("family.png") == 1
     same(family(tmp_path / "run"), on_one_host("fsdp"))
 
@@ -144,8 +169,13 @@ def test_deepspeed_without_ssh(network, command, on_one_host, tmp_path):
 def test_a_host_that_is_cut_off_ends_the_run(network, command, tmp_path):
     run_dir = tmp_path / "run"
     arguments = command(run_dir, "stages.tokens=1e6", "recover.lr=1e-4")
-    with torchrun(network, "alpha", HOSTS["alpha"], arguments) as alpha, torchrun(network, "beta", HOSTS["alpha"], arguments) as beta:
-        alpha.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0)
+    with (
+        torchrun(network, "alpha", HOSTS["alpha"], arguments) as alpha,
+        torchrun(network, "beta", HOSTS["alpha"], arguments) as beta,
+    ):
+        alpha.wait_until(
+            lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0
+        )
         network.cut("beta")
         assert (alpha.status(WITHIN_S), beta.status(WITHIN_S)) == (1, 1)
         for here, there in ((alpha, "beta"), (beta, "alpha")):

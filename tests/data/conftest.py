@@ -42,7 +42,9 @@ def story(number: int) -> str:
 
 
 def record(number: int) -> bytes:
-    return json.dumps({"text": story(number), "meta": {"redpajama_set_name": ("C4", "Book", "Wikipedia")[number % 3]}}).encode()
+    return json.dumps(
+        {"text": story(number), "meta": {"redpajama_set_name": ("C4", "Book", "Wikipedia")[number % 3]}}
+    ).encode()
 
 
 @pytest.fixture
@@ -75,7 +77,8 @@ def records() -> Callable[[Iterable[int]], list[bytes]]:
 
 @pytest.fixture(scope="session")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the `tokenizer.model` of a Llama-like parent: sentencepiece BPE with byte fallback, BOS in front and no EOS."""
+    """A folder with the `tokenizer.model` of a Llama-like parent: sentencepiece BPE with byte fallback, BOS in front
+    and no EOS."""
     folder = tmp_path_factory.mktemp("parent")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(story(number) for number in range(300)),

@@ -1,4 +1,5 @@
-"""Calibration text: the same on any number of ranks, of the corpus' own documents, and not that with which training begins."""
+"""Calibration text: the same on any number of ranks, of the corpus' own documents, and not that with which training
+begins."""
 
 from contextlib import closing
 
@@ -20,7 +21,10 @@ def corpus(tmp_path, write_shard, records):
 
 def calibration(corpus, tokenizer, tokens, world_size):
     """The sequences over all ranks, and the sizes of each rank's batches."""
-    shares = [calibration_batches(corpus, tokenizer, **ORDER, tokens=tokens, rank=rank, world_size=world_size, batch=4) for rank in range(world_size)]
+    shares = [
+        calibration_batches(corpus, tokenizer, **ORDER, tokens=tokens, rank=rank, world_size=world_size, batch=4)
+        for rank in range(world_size)
+    ]
     rows = sorted(tuple(row) for batches in shares for batch in batches for row in batch.tolist())
     return rows, [[len(batch) for batch in batches] for batches in shares]
 

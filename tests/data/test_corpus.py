@@ -1,4 +1,5 @@
-"""From what the user names to the list of shards: folders, globs, a hub (the real client against a small server), and each way to get it wrong."""
+"""From what the user names to the list of shards: folders, globs, a hub (the real client against a small server), and
+each way to get it wrong."""
 
 import json
 import os
@@ -36,11 +37,18 @@ def relative(corpus, root):
 
 
 def test_a_folder_is_listed_in_order_and_narrowed_to_its_split(slimpajama, monkeypatch):
-    train = ["train/chunk1/example_train_0.jsonl.zst", "train/chunk1/example_train_1.jsonl.zst", "train/chunk2/example_train_0.jsonl.zst"]
+    train = [
+        "train/chunk1/example_train_0.jsonl.zst",
+        "train/chunk1/example_train_1.jsonl.zst",
+        "train/chunk2/example_train_0.jsonl.zst",
+    ]
     assert relative(resolve_corpus(str(slimpajama), "train"), slimpajama) == train
     assert relative(resolve_corpus(str(slimpajama / "train"), "train"), slimpajama) == train
-    assert relative(resolve_corpus(str(slimpajama / "train"), "validation"), slimpajama) == train  # the user named that folder
-    assert relative(resolve_corpus(str(slimpajama), "validation"), slimpajama) == ["validation/chunk1/example_holdout_0.jsonl.zst"]
+    # The user named that folder.
+    assert relative(resolve_corpus(str(slimpajama / "train"), "validation"), slimpajama) == train
+    assert relative(resolve_corpus(str(slimpajama), "validation"), slimpajama) == [
+        "validation/chunk1/example_holdout_0.jsonl.zst"
+    ]
     monkeypatch.chdir(slimpajama.parent)
     assert resolve_corpus("slimpajama", "train").shards == resolve_corpus(str(slimpajama), "train").shards
 
@@ -58,7 +66,10 @@ def test_a_glob_and_a_file_are_taken_as_they_are(slimpajama):
         "train/chunk1/example_train_0.jsonl.zst",
         "validation/chunk1/example_holdout_0.jsonl.zst",
     ]
-    assert resolve_corpus(str(slimpajama / "train" / "chunk*"), "train").shards == resolve_corpus(str(slimpajama), "train").shards
+    assert (
+        resolve_corpus(str(slimpajama / "train" / "chunk*"), "train").shards
+        == resolve_corpus(str(slimpajama), "train").shards
+    )
     assert resolve_corpus(str(one), "train").shards == (str(one),)
 
 
@@ -149,20 +160,30 @@ for spec, revision in [("owner/pile", None), ("owner/pile", "v9"), ("owner/nothi
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's HTTP interface as listing and streaming a dataset takes; `files` maps a path in the dataset to its bytes."""
+    """As much of the hub's HTTP interface as listing and streaming a dataset takes; `files` maps a path in the dataset
+    to its bytes."""
 
     files: dict[str, bytes]
 
     def answer(self, code, body, **headers):
         self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, "ETag": '"1"', **headers}.items():
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "X-Repo-Commit": COMMIT,
+            "ETag": '"1"',
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def entries(self, paths):
-        return [{"type": "file", "path": path, "size": len(self.files[path]), "oid": "0" * 40} for path in paths if path in self.files]
+        return [
+            {"type": "file", "path": path, "size": len(self.files[path]), "oid": "0" * 40}
+            for path in paths
+            if path in self.files
+        ]
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
@@ -176,7 +197,11 @@ class Hub(BaseHTTPRequestHandler):
             data = self.files[path.removeprefix(head)]
             first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
             part = data[int(first) : int(last) + 1 if last else None]
-            self.answer(206 if "Range" in self.headers else 200, part, Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+            self.answer(
+                206 if "Range" in self.headers else 200,
+                part,
+                Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}",
+            )
         else:
             missing = "RevisionNotFound" if path.startswith("/api/datasets/owner/pile/revision/") else "RepoNotFound"
             self.answer(404, b"{}", X_Error_Code=missing)
@@ -202,7 +227,9 @@ def run_client(endpoint, tmp_path):
 
 def test_a_hub_dataset_is_pinned_and_streamed(tmp_path, write_shard, records, stories):
     names = ["train/chunk1/a.jsonl.zst", "validation/chunk1/b.jsonl.zst", "validation/chunk1/a.jsonl", "README.md"]
-    Hub.files = {name: write_shard(tmp_path / name, records(range(i, i + 3))).read_bytes() for i, name in enumerate(names)}
+    Hub.files = {
+        name: write_shard(tmp_path / name, records(range(i, i + 3))).read_bytes() for i, name in enumerate(names)
+    }
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -218,4 +245,6 @@ def test_a_hub_dataset_is_pinned_and_streamed(tmp_path, write_shard, records, st
 
 def test_a_hub_out_of_reach_is_said_in_one_line(tmp_path):
     lines = run_client("http://127.0.0.1:9", tmp_path)  # the discard port: nothing listens there
-    assert len(lines) == 3 and all("no such folder here, and the Hugging Face hub could not be asked" in line for line in lines)
+    assert len(lines) == 3 and all(
+        "no such folder here, and the Hugging Face hub could not be asked" in line for line in lines
+    )

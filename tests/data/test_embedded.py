@@ -76,7 +76,10 @@ def test_no_document_and_hardly_a_line_is_in_both_splits(corpus):
     train, validation = ({document["text"] for document in documents(corpus / split)} for split in SIZES)
     assert not train & validation
     assert len(train) == len(documents(corpus / "train"))  # nor twice in one
-    lines = [{line for text in texts for line in text.splitlines() if len(line.strip()) >= 60} for texts in (train, validation)]
+    lines = [
+        {line for text in texts for line in text.splitlines() if len(line.strip()) >= 60}
+        for texts in (train, validation)
+    ]
     assert len(lines[0] & lines[1]) < 0.02 * len(lines[1])
 
 
@@ -102,7 +105,8 @@ def test_source_is_real_source_and_docs_are_in_the_docs_alone(corpus):
 def test_the_same_python_gives_the_same_corpus_and_another_seed_another(corpus, tmp_path):
     code = (
         "from pathlib import Path; from plrd_train.data.embedded import write_corpus; import sys;"
-        f"write_corpus(Path(sys.argv[1]), train_bytes={SIZES['train']}, validation_bytes={SIZES['validation']}, shards=3)"
+        f"write_corpus(Path(sys.argv[1]), train_bytes={SIZES['train']}, validation_bytes={SIZES['validation']}, "
+        "shards=3)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code, tmp_path / "again"], env=environment, check=True, timeout=120)
@@ -116,7 +120,9 @@ def test_what_is_there_is_left_alone(corpus, tokenizer_folder):
     before = {path: path.stat().st_mtime_ns for folder in (corpus, tokenizer_folder) for path in folder.rglob("*")}
     write_corpus(corpus, train_bytes=100)
     train_tokenizer(corpus, tokenizer_folder, vocab_size=500)
-    assert {path: path.stat().st_mtime_ns for folder in (corpus, tokenizer_folder) for path in folder.rglob("*")} == before
+    assert {
+        path: path.stat().st_mtime_ns for folder in (corpus, tokenizer_folder) for path in folder.rglob("*")
+    } == before
     assert sorted(path.name for path in corpus.parent.iterdir()) == ["corpus", "tokenizer"]  # nothing temporary is left
 
 
@@ -151,7 +157,12 @@ def test_the_tokenizer_has_llamas_special_tokens(tokenizer, tokenizer_folder):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_folder / "tokenizer.model"))
     assert len(tokenizer) == pieces.vocab_size() == 700
     assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (0, 1, 2, -1)
-    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token) == (0, 1, 2, None)
+    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token) == (
+        0,
+        1,
+        2,
+        None,
+    )
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -172,7 +183,8 @@ def test_transformers_gives_sentencepieces_ids_with_bos(corpus, tokenizer, token
     assert sum(len(ids) for ids in pieces.encode(texts)) < 0.6 * sum(len(text) for text in texts)
 
 
-_CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")  # sentencepiece writes a space as U+2581
+# sentencepiece writes a space as U+2581.
+_CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -1,4 +1,5 @@
-"""The order of training sequences: the same on any number of ranks, after any restart, and made of the corpus' own documents."""
+"""The order of training sequences: the same on any number of ranks, after any restart, and made of the corpus' own
+documents."""
 
 import contextlib
 import copy
@@ -56,13 +57,16 @@ def ranks(corpus, tokenizer, world_size, position=None, **changed):
 
 
 def read(loaders, batches, streams=STREAMS):
-    """The global sequences in global order, put together from what each rank is due by the rule: stream i mod S, rank stream mod world size."""
+    """The global sequences in global order, put together from what each rank is due by the rule: stream i mod S, rank
+    stream mod world size."""
     sequences = []
     for count in batches:
         shares = [loader.next(count) for loader in loaders]
         rows = [iter(share.input_ids.tolist()) for share in shares]
         assert len({share.first for share in shares}) == 1
-        sequences += [tuple(next(rows[i % streams % len(loaders)])) for i in range(shares[0].first, shares[0].first + count)]
+        sequences += [
+            tuple(next(rows[i % streams % len(loaders)])) for i in range(shares[0].first, shares[0].first + count)
+        ]
         assert all(next(row, None) is None for row in rows)
     return sequences
 
@@ -98,7 +102,9 @@ def test_the_order_is_the_same_on_any_number_of_ranks_and_for_any_batch_size(req
 
 
 @pytest.mark.parametrize("corpus_name", ["many_shards", "few_shards"])
-def test_an_epoch_is_every_document_once_and_the_next_has_another_order(request, tokenizer, stories, reference_ids, corpus_name):
+def test_an_epoch_is_every_document_once_and_the_next_has_another_order(
+    request, tokenizer, stories, reference_ids, corpus_name
+):
     corpus = request.getfixturevalue(corpus_name)
     numbers = range(109) if corpus_name == "many_shards" else [*range(47), *range(50, 97)]
     expected = Counter(tuple(reference_ids(stories(n))) for n in numbers)
@@ -106,7 +112,11 @@ def test_an_epoch_is_every_document_once_and_the_next_has_another_order(request,
     with ranks(corpus, tokenizer, 1) as (loader,):
         for tokens in streams_of(read([loader], [240] * 2)):
             documents = split_documents(tokens, tokenizer.bos_token_id)[:-1]  # the last may be cut
-            length = next(i for i, document in enumerate(documents[1:], 1) if document == documents[0] or documents[i] in documents[:i])
+            length = next(
+                i
+                for i, document in enumerate(documents[1:], 1)
+                if document == documents[0] or documents[i] in documents[:i]
+            )
             assert len(documents) >= 2 * length  # two whole epochs were read
             first.append(documents[:length])
             second.append(documents[length : 2 * length])
@@ -118,7 +128,9 @@ def test_an_epoch_is_every_document_once_and_the_next_has_another_order(request,
     assert first != [sorted(documents) for documents in first]
 
 
-def test_one_stream_of_one_shard_is_its_documents_end_to_end(tmp_path, write_shard, records, stories, reference_ids, tokenizer):
+def test_one_stream_of_one_shard_is_its_documents_end_to_end(
+    tmp_path, write_shard, records, stories, reference_ids, tokenizer
+):
     corpus = resolve_corpus(str(write_shard(tmp_path / "a.jsonl.zst", records(range(30)))), "train")
     expected = [tuple(reference_ids(stories(n))) for n in range(30)]
     length = sum(map(len, expected))
@@ -165,7 +177,10 @@ def test_eos_follows_each_document_only_if_asked_for(many_shards, tokenizer, sto
 def test_eos_is_not_doubled_and_not_invented(many_shards, parent, tokenizer):
     own_rule = AutoTokenizer.from_pretrained(parent, add_eos_token=True)
     assert own_rule("the cat").input_ids[-1] == own_rule.eos_token_id
-    with ranks(many_shards, own_rule, 1, append_eos=True) as one, ranks(many_shards, tokenizer, 1, append_eos=True) as other:
+    with (
+        ranks(many_shards, own_rule, 1, append_eos=True) as one,
+        ranks(many_shards, tokenizer, 1, append_eos=True) as other,
+    ):
         assert read(one, [20]) == read(other, [20])
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match=r"data\.append_eos=true.*no EOS"):
@@ -224,7 +239,10 @@ def test_too_few_documents_for_the_streams_is_said(tmp_path, write_shard, record
     corpus = resolve_corpus(str(write_shard(tmp_path / "a.jsonl", [*records(range(3)), b'{"text": ""}'])), "train")
     with ranks(corpus, tokenizer, 1, streams=3) as loaders:
         assert len(read(loaders, [30], streams=3)) == 30
-    with ranks(corpus, tokenizer, 1, streams=4) as (loader,), pytest.raises(UserError, match=r"a\.jsonl.*too few documents.*data\.streams"):
+    with (
+        ranks(corpus, tokenizer, 1, streams=4) as (loader,),
+        pytest.raises(UserError, match=r"a\.jsonl.*too few documents.*data\.streams"),
+    ):
         loader.next(4)
 
 
@@ -242,7 +260,10 @@ def test_a_position_of_something_else_is_refused(many_shards, few_shards, tokeni
     bare.add_bos_token = False
     for other in (with_one_more_token(tokenizer), bare):
         assert encode(other, "the cat") != encode(tokenizer, "the cat") or len(other) != len(tokenizer)
-        with ranks(many_shards, other, 1) as (loader,), pytest.raises(UserError, match=r"parent\.path: the run was begun with tokenizer"):
+        with (
+            ranks(many_shards, other, 1) as (loader,),
+            pytest.raises(UserError, match=r"parent\.path: the run was begun with tokenizer"),
+        ):
             loader.seek(saved)
 
 
@@ -261,7 +282,9 @@ def test_parts_of_different_positions_do_not_merge(many_shards, tokenizer):
                 merge_positions(wrong)
 
 
-def test_bad_input_is_raised_by_the_call_that_needs_it_and_the_position_stays(tmp_path, write_shard, records, tokenizer):
+def test_bad_input_is_raised_by_the_call_that_needs_it_and_the_position_stays(
+    tmp_path, write_shard, records, tokenizer
+):
     good = records(range(60))
     write_shard(tmp_path / "a.jsonl.zst", good[:30])
     bad = write_shard(tmp_path / "b.jsonl.zst", [*good[30:40], b"no json", *good[40:]])
@@ -283,7 +306,9 @@ def test_bad_input_is_raised_by_the_call_that_needs_it_and_the_position_stays(tm
         assert loader.position() == saved
 
 
-def test_a_shard_that_is_away_for_a_while_costs_nothing_but_time(tmp_path, write_shard, records, tokenizer, monkeypatch, capfd):
+def test_a_shard_that_is_away_for_a_while_costs_nothing_but_time(
+    tmp_path, write_shard, records, tokenizer, monkeypatch, capfd
+):
     monkeypatch.setattr("plrd_train.data.loader.WAITS_S", (0.2, 5.0))
     shard, away = write_shard(tmp_path / "corpus" / "a.jsonl", records(range(30))), tmp_path / "away"
     corpus = resolve_corpus(str(tmp_path / "corpus"), "train")
@@ -298,7 +323,9 @@ def test_a_shard_that_is_away_for_a_while_costs_nothing_but_time(tmp_path, write
     assert line.startswith(f"warning: {shard}: this shard is gone") and line.endswith("; trying again in 0.2 s")
 
 
-def test_a_shard_that_stays_away_ends_in_an_error_after_so_many_attempts(tmp_path, write_shard, records, tokenizer, monkeypatch, capfd):
+def test_a_shard_that_stays_away_ends_in_an_error_after_so_many_attempts(
+    tmp_path, write_shard, records, tokenizer, monkeypatch, capfd
+):
     monkeypatch.setattr("plrd_train.data.loader.WAITS_S", (0.01, 0.02, 0.04))
     shard = write_shard(tmp_path / "a.jsonl", records(range(30)))
     corpus = resolve_corpus(str(tmp_path), "train")
@@ -324,9 +351,14 @@ def test_a_loader_that_waits_for_a_shard_can_be_closed(tmp_path, write_shard, re
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_skipped_documents_are_counted_once_over_streams_ranks_and_epochs(tmp_path, write_shard, records, tokenizer, world_size):
+def test_skipped_documents_are_counted_once_over_streams_ranks_and_epochs(
+    tmp_path, write_shard, records, tokenizer, world_size
+):
     good = records(range(60))
-    corpus = resolve_corpus(str(write_shard(tmp_path / "a.jsonl", [*good[:9], b"no json", *good[9:], b"{}", b'{"text": ""}', b"no"])), "train")
+    corpus = resolve_corpus(
+        str(write_shard(tmp_path / "a.jsonl", [*good[:9], b"no json", *good[9:], b"{}", b'{"text": ""}', b"no"])),
+        "train",
+    )
     with ranks(corpus, tokenizer, world_size, skip_bad=True) as loaders:
         read(loaders, [300])
         assert all(loader.epoch > 0 for loader in loaders)
@@ -369,7 +401,8 @@ def test_a_seek_deep_into_ten_thousand_shards_opens_one_shard_a_stream(tmp_path,
             assert time.monotonic() - start < 10  # five times what a restart may take; a replay of so much takes longer
             watching = False
         assert sound is None or sequences == sound
-        assert len(set(opened)) <= 2 * STREAMS and len(opened) == len(set(opened))  # the cursor's shard; one more where it stood at its end
+        # The cursor's shard; one more where it stood at its end.
+        assert len(set(opened)) <= 2 * STREAMS and len(opened) == len(set(opened))
         opened.clear()
 
 

@@ -71,7 +71,9 @@ def test_splits_are_those_of_datasets(by_datasets, layout, split):
         assert set(narrow_to_split("corpus", names, split, "corpus")) == expected[split]
     else:
         there = " and ".join(sorted(expected))
-        with pytest.raises(UserError, match=f"^corpus: has {there} but no {split}; give the folder, file or glob to use"):
+        with pytest.raises(
+            UserError, match=f"^corpus: has {there} but no {split}; give the folder, file or glob to use"
+        ):
             narrow_to_split("corpus", names, split, "corpus")
 
 
@@ -85,7 +87,9 @@ def test_words_and_what_may_stand_around_them_are_those_of_datasets(by_datasets)
         told = {split for split, files in expected.items() if name in files}
         beside = [name, "train/a.jsonl", "dev/a.jsonl"]
         if told:
-            ours = {split for split in ("train", "validation") if name in narrow_to_split("corpus", beside, split, None)}
+            ours = {
+                split for split in ("train", "validation") if name in narrow_to_split("corpus", beside, split, None)
+            }
             assert ours == told - {"test"}
         else:
             with pytest.raises(UserError, match="as no split"):

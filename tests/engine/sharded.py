@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.methods.svd import Factorizer
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import decompose
+from plrd_train.compress.surgery import eligible_linears
 from plrd_train.engine import AdamW, Engine
-from plrd_train.hub.models import HubArchitecture
-from plrd_train.hub.parents import load_config, open_parent
-from plrd_train.hub.weights import WeightReader
-from plrd_train.lowrank.distributed import decompose
-from plrd_train.lowrank.factorizers.svd import Factorizer
-from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.parents.models import HubArchitecture
+from plrd_train.parents.parent import load_config, open_parent
+from plrd_train.parents.weights import WeightReader
 from plrd_train.recover import saved
-from plrd_train.recover.kept import KeptFactors
-from plrd_train.world import World
+from plrd_train.runtime.world import World
 
 OPTIMIZER = AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -112,7 +112,9 @@ def go_on(engine: Engine, batches: list[Tensor], micro: int = 1) -> list[float]:
     norms = []
     for batch in batches:
         for own in batch[engine.rank :: engine.world_size].chunk(micro):
-            nll = F.cross_entropy(engine.model(input_ids=own).logits[:, :-1].float().flatten(0, 1), own[:, 1:].flatten(), reduction="sum")
+            nll = F.cross_entropy(
+                engine.model(input_ids=own).logits[:, :-1].float().flatten(0, 1), own[:, 1:].flatten(), reduction="sum"
+            )
             engine.backward(nll * (engine.world_size / batch[:, 1:].numel()))
         norms.append(engine.step(1e-2, 0.5, torch.tensor(False)).item())
     return norms
@@ -123,13 +125,17 @@ def batches(count: int, sequences: int) -> list[Tensor]:
 
 
 def live_bytes() -> int:
-    """Memory of all tensors that this process can reach, each storage once: the least of one second, since gloo's threads let go of what they sent
-    some time after its sender was told."""
+    """Memory of all tensors that this process can reach, each storage once: the least of one second, since gloo's
+    threads let go of what they sent some time after its sender was told."""
 
     def now() -> int:
         gc.collect()
         # By the type: `isinstance` asks lazy modules, too, for a class of theirs, which loads them.
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and not issubclass(type(t), DTensor) and not t.is_meta]
+        tensors = [
+            t
+            for t in gc.get_objects()
+            if issubclass(type(t), Tensor) and not issubclass(type(t), DTensor) and not t.is_meta
+        ]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     readings = []

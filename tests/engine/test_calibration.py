@@ -9,10 +9,10 @@ from sharded import batches, factor, live_bytes, logits, opened, shapes_of, trai
 from torch import nn
 from torch.nn import functional as F
 
-from plrd_train.lowrank.calibration import KINDS, collect, distinct_inputs
-from plrd_train.lowrank.distributed import DecompositionError
-from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.compress.calibration import KINDS, collect, distinct_inputs
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import DecompositionError
+from plrd_train.compress.surgery import eligible_linears
 
 TEXT = torch.randint(3, 64, (5, 11), generator=torch.Generator().manual_seed(1))
 ENGINES = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
@@ -72,7 +72,9 @@ def check(found, model, kind, tolerance=2e-6):
     assert found.keys() == expected.keys()
     for name, exact in expected.items():
         assert found[name].dtype == torch.float32 and (found[name].ndim == 1 or torch.equal(found[name], found[name].T))
-        assert (found[name].double() - exact).norm() <= tolerance * exact.norm() * (10 if kind == "gradients" else 1), name
+        assert (found[name].double() - exact).norm() <= tolerance * exact.norm() * (10 if kind == "gradients" else 1), (
+            name
+        )
 
 
 def of_parents(world, name, folders):
@@ -84,7 +86,12 @@ def of_parents(world, name, folders):
     return found
 
 
-LLAMA = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+LLAMA = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
 NEOX = [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
 
 
@@ -102,19 +109,29 @@ def test_statistics_are_those_of_the_plain_model(save_parent, engine, size, arch
     parents = [save_parent(architecture) for architecture in architectures]
     results = run_ranks(size, of_parents, engine, [folder for folder, _ in parents])
     for parent, (architecture, (_, model)) in enumerate(zip(architectures, parents, strict=True)):
-        of_block = [(f"gpt_neox.layers.{i}.", NEOX) if architecture == "gpt_neox" else (f"model.layers.{i}.", LLAMA) for i in range(2)]
+        of_block = [
+            (f"gpt_neox.layers.{i}.", NEOX) if architecture == "gpt_neox" else (f"model.layers.{i}.", LLAMA)
+            for i in range(2)
+        ]
         for result in results:
-            assert result[parent][0] == [tuple(prefix + name for name in names) for prefix, block in of_block for names in block]
+            assert result[parent][0] == [
+                tuple(prefix + name for name in names) for prefix, block in of_block for names in block
+            ]
         for kind in KINDS:
             check(merged([result[parent][1][kind] for result in results]), model, kind)
 
 
 def of_later_stage(world, name, folder):
-    """All kinds in one window and the inputs in as many as can be, of the model once factored; and that model's weights multiplied out."""
+    """All kinds in one window and the inputs in as many as can be, of the model once factored; and that model's weights
+    multiplied out."""
     engine = opened(world, name, folder, activation_checkpointing=True)
     factor(engine, folder, dict.fromkeys(shapes_of(engine), 6))
     tensors = dict(engine.tensors())
-    dense = {n: tensors[f"{n}.up.weight"] @ tensors[f"{n}.down.weight"] for n in shapes_of(engine)} if engine.rank == 0 else {}
+    dense = (
+        {n: tensors[f"{n}.up.weight"] @ tensors[f"{n}.down.weight"] for n in shapes_of(engine)}
+        if engine.rank == 0
+        else {}
+    )
     return {kind: collected(engine, kind) for kind in KINDS}, collected(engine, "inputs", window_bytes=1), dense
 
 

@@ -13,9 +13,9 @@ from processes import run_ranks
 from sharded import Dying, opened, shapes_of
 from torch import Tensor
 
-from plrd_train.lowrank.distributed import Decomposed, DecompositionError, Spectra, decompose, rounds
-from plrd_train.lowrank.factorizers.svd import Factorizer
-from plrd_train.recover.kept import KeptFactors
+from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.methods.svd import Factorizer
+from plrd_train.compress.rounds import Decomposed, DecompositionError, Spectra, decompose, rounds
 
 both = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 
@@ -30,7 +30,8 @@ def shards(made: Iterable[Decomposed]) -> dict[str, tuple]:
 
 def same(one: dict[str, tuple], other: dict[str, tuple]) -> bool:
     return one.keys() == other.keys() and all(
-        (a[0], a[3]) == (b[0], b[3]) and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2]) for a, b in ((one[name], other[name]) for name in one)
+        (a[0], a[3]) == (b[0], b[3]) and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+        for a, b in ((one[name], other[name]) for name in one)
     )
 
 
@@ -43,7 +44,8 @@ def in_two_phases(world, name, folder):
     spectra.add([name for name in shapes if name not in half], on_done=said.append)
     assert sorted(said) == sorted(shapes)
     for ratio in (2, 5):
-        ranks = {name: rank for name, rank in ranks_of(shapes, ratio).items() if "k_proj" not in name}  # which stays dense
+        # Which stays dense.
+        ranks = {name: rank for name, rank in ranks_of(shapes, ratio).items() if "k_proj" not in name}
         assert same(shards(spectra.cut(ranks)), shards(decompose(engine, shapes, ranks, Factorizer())))
     return spectra.values
 
@@ -106,7 +108,10 @@ def test_the_next_round_is_gathered_while_this_one_is_factored(save_parent, engi
         assert len(works) == len(dealt) > 2
         for now, (names, following) in zip(works, itertools.pairwise(dealt), strict=False):
             assert all(f"end {name}.weight" in events[:now] for name in names)
-            assert all(f"begin {name}.weight" in events[:now] and f"end {name}.weight" not in events[:now] for name in following)
+            assert all(
+                f"begin {name}.weight" in events[:now] and f"end {name}.weight" not in events[:now]
+                for name in following
+            )
 
 
 def factored(world, folder, kept_folder, store=KeptFactors, ratios=(2,), change=False):
@@ -121,7 +126,9 @@ def factored(world, folder, kept_folder, store=KeptFactors, ratios=(2,), change=
     made = []
     for ratio in ratios:
         Noting.events.clear()
-        made.append((shards(decompose(engine, shapes, ranks_of(shapes, ratio), Noting(), kept=kept)), len(Noting.events)))
+        made.append(
+            (shards(decompose(engine, shapes, ranks_of(shapes, ratio), Noting(), kept=kept)), len(Noting.events))
+        )
     return made
 
 
@@ -144,7 +151,8 @@ def test_what_a_crashed_decomposition_had_finished_is_not_done_again(save_parent
     assert counted(resumed) == [everything - finished]
     assert all(same(one, other) for ((one, _),), ((other, _),) in zip(resumed, undisturbed, strict=True))
 
-    # All is there now, for any number of ranks; but it is not what is asked for at other ranks, where a file is damaged, or of other weights.
+    # All is there now, for any number of ranks; but it is not what is asked for at other ranks, where a file is
+    # damaged, or of other weights.
     next(kept.glob("model.layers.1.mlp.up_proj.rank-*")).write_bytes(b"no safetensors")
     assert counted(run_ranks(3, factored, folder, kept, KeptFactors, (2, 2, 3))) == [1, 0, everything]
     changed = run_ranks(2, factored, folder, kept, KeptFactors, (2,), True)

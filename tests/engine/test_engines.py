@@ -25,13 +25,13 @@ from sharded import (
 from tiny_parents import save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from plrd_train.compress.rounds import DecompositionError
+from plrd_train.compress.surgery import eligible_linears
 from plrd_train.engine import MOMENTS, rounded
 from plrd_train.errors import UserError
-from plrd_train.hub.models import HubArchitecture
-from plrd_train.hub.parents import load_config, open_parent
-from plrd_train.hub.weights import WeightReader
-from plrd_train.lowrank.distributed import DecompositionError
-from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.parents.models import HubArchitecture
+from plrd_train.parents.parent import load_config, open_parent
+from plrd_train.parents.weights import WeightReader
 from plrd_train.recover import saved
 
 ARCHITECTURES = ["llama", "llama_tied_scaled_rope", "mistral", "qwen2", "gemma", "gpt_neox"]
@@ -74,7 +74,9 @@ def full_rank(world, name, folder, tokens):
 
 
 @pytest.mark.parametrize(("architecture", "size"), [("mistral", 2), ("qwen2", 3), ("gpt_neox", 1)])
-def test_factoring_at_full_rank_changes_nothing_and_lower_ranks_are_optimal(save_parent, tokens, engine, architecture, size):
+def test_factoring_at_full_rank_changes_nothing_and_lower_ranks_are_optimal(
+    save_parent, tokens, engine, architecture, size
+):
     folder, model = save_parent(architecture)
     results = run_ranks(size, full_rank, engine, folder, tokens)
     for before, once, _ in results:
@@ -114,7 +116,10 @@ def plain_training(model, data):
     """The same in plain PyTorch on one process."""
     model = copy.deepcopy(model).train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=OPTIMIZER.betas)
     norms = []
     for batch in data:
@@ -126,7 +131,9 @@ def plain_training(model, data):
 
 
 @pytest.mark.parametrize(
-    ("size", "micro", "options"), [(1, 3, {}), (2, 2, {"activation_checkpointing": True}), (3, 1, {})], ids=["1", "2-checkpointed", "3"]
+    ("size", "micro", "options"),
+    [(1, 3, {}), (2, 2, {"activation_checkpointing": True}), (3, 1, {})],
+    ids=["1", "2-checkpointed", "3"],
 )
 def test_training_is_plain_adamw(save_parent, engine, size, micro, options):
     folder, model = save_parent("llama_tied_scaled_rope")
@@ -194,7 +201,8 @@ def test_checkpoints_are_exact_on_any_number_of_ranks(save_parent, tmp_path, eng
     found = run_ranks(after, reloaded, engine, folder, tmp_path / "saved")[0]
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert {path.suffix for path in Path(tmp_path / "saved").rglob("*") if path.is_file()} <= {".safetensors", ".json"}  # no pickle
+    # No pickle.
+    assert {path.suffix for path in Path(tmp_path / "saved").rglob("*") if path.is_file()} <= {".safetensors", ".json"}
 
 
 def trained_on(world, name, folder, data, target):
@@ -273,7 +281,9 @@ def test_members_read_back_in_plain_transformers_have_the_engines_logits(save_pa
     folder, _ = save_parent("mistral")
     found, *_ = run_ranks(2, load_and_logits, engine, folder, tokens)[0]
     with torch.no_grad():
-        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(input_ids=tokens).logits, found, rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            AutoModelForCausalLM.from_pretrained(folder)(input_ids=tokens).logits, found, rtol=0, atol=2e-5
+        )
 
 
 def restructured_four_times(world, name, folder, data, target):
@@ -298,13 +308,21 @@ def fresh(world, name, folder, data, target):
 
 def test_four_restructurings_hold_no_more_memory_than_a_fresh_start(tmp_path, engine):
     config = LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32, bos_token_id=1
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        bos_token_id=1,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "parent")
     save_tokenizer(tmp_path / "parent")
     data = batches(1, 4)
     held = run_ranks(2, restructured_four_times, engine, tmp_path / "parent", data, tmp_path / "saved")
-    for after, (once, before) in zip(held, run_ranks(2, fresh, engine, tmp_path / "parent", data, tmp_path / "saved"), strict=True):
+    for after, (once, before) in zip(
+        held, run_ranks(2, fresh, engine, tmp_path / "parent", data, tmp_path / "saved"), strict=True
+    ):
         print(engine, after, once, before)
         assert before < once / 2  # what is measured is mostly the model
         assert after <= 1.1 * once

@@ -1,4 +1,5 @@
-"""Blocks of a walk that a crashed decomposition had finished, on real gloo processes: taken from there, where they are what is asked for."""
+"""Blocks of a walk that a crashed decomposition had finished, on real gloo processes: taken from there, where they are
+what is asked for."""
 
 from functools import partial
 from typing import ClassVar
@@ -8,13 +9,16 @@ import torch
 from processes import run_ranks
 from sharded import Dying, architecture, opened, shapes_of
 
-from plrd_train.lowrank.distributed import DecompositionError
-from plrd_train.lowrank.factorizers import refined, rom
-from plrd_train.lowrank.walk import gathered, walk
-from plrd_train.recover.kept import KeptFactors
+from plrd_train.compress.blocks import gathered, walk
+from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.methods import refined, rom
+from plrd_train.compress.rounds import DecompositionError
 
 TEXT = torch.randint(3, 64, (12, 16), generator=torch.Generator().manual_seed(1))
-SETTINGS = {"rom": {"calibration_tokens": 1}, "refined": {"calibration_tokens": 1, "epochs": 2, "batch_tokens": 48, "rate": 0.05}}
+SETTINGS = {
+    "rom": {"calibration_tokens": 1},
+    "refined": {"calibration_tokens": 1, "epochs": 2, "batch_tokens": 48, "rate": 0.05},
+}
 BLOCK = 7  # Linears of one, of two blocks
 
 
@@ -58,7 +62,9 @@ def same(one, other) -> bool:
     """To the bit, on every rank."""
     return all(
         left.keys() == right.keys()
-        and all(torch.equal(left[name][0], right[name][0]) and torch.equal(left[name][1], right[name][1]) for name in left)
+        and all(
+            torch.equal(left[name][0], right[name][0]) and torch.equal(left[name][1], right[name][1]) for name in left
+        )
         and all(left[name][2:] == right[name][2:] for name in left)
         for (left, _), (right, _) in zip(one, other, strict=True)
     )

@@ -1,4 +1,5 @@
-"""One family by both engines, through the whole pipeline: the same losses and perplexities, and nothing of DeepSpeed's on the console."""
+"""One family by both engines, through the whole pipeline: the same losses and perplexities, and nothing of DeepSpeed's
+on the console."""
 
 import functools
 import json
@@ -11,8 +12,8 @@ from tiny_family import write_corpus, write_parent
 
 @pytest.fixture(scope="module")
 def family_of(tmp_path_factory) -> Callable[[str, int], tuple[dict, list[dict]]]:
-    """family_of(engine, ranks) -> (family.json, the rows of metrics.jsonl): two stages of 20 steps in float32 of a parent with tied embeddings and
-    GQA."""
+    """family_of(engine, ranks) -> (family.json, the rows of metrics.jsonl): two stages of 20 steps in float32 of a
+    parent with tied embeddings and GQA."""
     folder = tmp_path_factory.mktemp("parity")
     write_parent(folder / "parent", "llama_tied_scaled_rope")
     write_corpus(folder / "corpus")
@@ -20,9 +21,25 @@ def family_of(tmp_path_factory) -> Callable[[str, int], tuple[dict, list[dict]]]
     @functools.cache
     def make(engine: str, ranks: int) -> tuple[dict, list[dict]]:
         run_dir = folder / f"{engine}{ranks}"
-        arguments = ["experiment=tinystories", f"parent.path={folder / 'parent'}", f"data.train={folder / 'corpus'}", f"run_dir={run_dir}"]
-        arguments += [f"data.validation={folder / 'corpus'}", "data.seq_len=16", "data.streams=6", "stages.ratios=[1.25,1.6]", "stages.tokens=2560"]
-        arguments += ["recover.global_batch_tokens=128", "recover.micro_batch=4", "recover.lr=4e-3", "tracking.wandb.mode=disabled"]
+        arguments = [
+            "experiment=tinystories",
+            f"parent.path={folder / 'parent'}",
+            f"data.train={folder / 'corpus'}",
+            f"run_dir={run_dir}",
+        ]
+        arguments += [
+            f"data.validation={folder / 'corpus'}",
+            "data.seq_len=16",
+            "data.streams=6",
+            "stages.ratios=[1.25,1.6]",
+            "stages.tokens=2560",
+        ]
+        arguments += [
+            "recover.global_batch_tokens=128",
+            "recover.micro_batch=4",
+            "recover.lr=4e-3",
+            "tracking.wandb.mode=disabled",
+        ]
         ended = run_job(ranks, [*arguments, f"engine={engine}", "engine.dtype=fp32"])
         assert (ended.status, ended.err) == (0, ""), ended.err
         assert not any(word in ended.out for word in ("DeepSpeed", "WARNING", "INFO", "[Rank")), ended.out

@@ -1,4 +1,5 @@
-"""The block-refining method over live sharded models, against reduced-rank regression in float64 on the plain Hugging Face model."""
+"""The block-refining method over live sharded models, against reduced-rank regression in float64 on the plain Hugging
+Face model."""
 
 import copy
 import dataclasses
@@ -9,18 +10,18 @@ from processes import run_ranks
 from sharded import architecture, opened, shapes_of
 from sharded import factor as factor_by_svd
 
+from plrd_train.compress.blocks import Alone, gathered, walk
+from plrd_train.compress.calibration import collect
+from plrd_train.compress.methods.refined import RIDGE, Factorizer
+from plrd_train.compress.ranks import Shape, energy
+from plrd_train.compress.rounds import DecompositionError, Spectra
+from plrd_train.compress.surgery import eligible_linears
 from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.documents import evaluation_documents
-from plrd_train.evaluation.perplexity import perplexity
-from plrd_train.hub.parents import load_tokenizer, open_parent
-from plrd_train.hub.weights import WeightReader
-from plrd_train.lowrank.calibration import collect
-from plrd_train.lowrank.distributed import DecompositionError, Spectra
-from plrd_train.lowrank.factorizers.refined import RIDGE, Factorizer
-from plrd_train.lowrank.ranks import Shape, energy
-from plrd_train.lowrank.surgery import eligible_linears
-from plrd_train.lowrank.walk import Alone, gathered, walk
+from plrd_train.evaluate.perplexity import perplexity
+from plrd_train.parents.parent import load_tokenizer, open_parent
+from plrd_train.parents.weights import WeightReader
 
 TEXT = torch.randint(3, 64, (16, 24), generator=torch.Generator().manual_seed(1))
 CLOSED = Factorizer(calibration_tokens=1, epochs=0, batch_tokens=1, rate=0.0)
@@ -29,28 +30,39 @@ RANK = 10
 
 
 def in_turn(rank, world_size):
-    """A rank's batches of TEXT, the sequences dealt in turn, so that each step of 96 tokens is of the same text on one rank and on two."""
+    """A rank's batches of TEXT, the sequences dealt in turn, so that each step of 96 tokens is of the same text on one
+    rank and on two."""
     return list(TEXT[rank::world_size].split(4 // world_size))
 
 
 def uneven(rank, world_size):
-    """Batches of unequal size on the first rank, one on the second, none on any further one; all on one that is alone."""
+    """Batches of unequal size on the first rank, one on the second, none on any further one; all on one that is
+    alone."""
     split = [[TEXT[:5], TEXT[5:9]], [TEXT[9:]]] if world_size > 1 else [[TEXT[:9], TEXT[9:]]]
     return split[rank] if rank < len(split) else []
 
 
 def refined(engine, folder, method, batches, before=None, leave=()):
-    """The factors that `method` gives of all Linears but those in `leave`; `before` are the ranks of the model in the engine."""
+    """The factors that `method` gives of all Linears but those in `leave`; `before` are the ranks of the model in the
+    engine."""
     shapes = shapes_of(engine)
     ranks = {name: RANK for name in shapes if not name.endswith(tuple(leave))}
-    blocks = lambda: walk(architecture(folder, before or {}), gathered(engine), batches(engine.rank, engine.world_size), engine.device)  # noqa: E731
+
+    def blocks():
+        text = batches(engine.rank, engine.world_size)
+        return walk(architecture(folder, before or {}), gathered(engine), text, engine.device)
+
     return {made.name: made for made in method.in_order(engine, blocks, shapes, ranks)}
 
 
 def products(engine, names):
     """up @ down of these Linears, on the first rank."""
     tensors = dict(engine.tensors())
-    return {name: tensors[f"{name}.up.weight"] @ tensors[f"{name}.down.weight"] for name in names} if engine.rank == 0 else {}
+    return (
+        {name: tensors[f"{name}.up.weight"] @ tensors[f"{name}.down.weight"] for name in names}
+        if engine.rank == 0
+        else {}
+    )
 
 
 def of_stages(world, name, folder, methods, batches, stages, leave=()):
@@ -80,7 +92,9 @@ def placed(model, weights):
 
 def input_of(model, linear):
     found = []
-    handle = model.get_submodule(linear).register_forward_pre_hook(lambda module, given: found.append(given[0].flatten(0, 1)))
+    handle = model.get_submodule(linear).register_forward_pre_hook(
+        lambda module, given: found.append(given[0].flatten(0, 1))
+    )
     with torch.no_grad():
         model(input_ids=TEXT)
     handle.remove()
@@ -88,8 +102,9 @@ def input_of(model, linear):
 
 
 def regressed(model, order, leave=()):
-    """By reduced-rank regression (Izenman 1975) of each Linear's outputs in `model` on its inputs as compressed so far: the best fit, where a token
-    more in each channel, of the ridge's size, speaks for the weight as it was; and projected on the main directions of what it predicts."""
+    """By reduced-rank regression (Izenman 1975) of each Linear's outputs in `model` on its inputs as compressed so far:
+    the best fit, where a token more in each channel, of the ridge's size, speaks for the weight as it was; and
+    projected on the main directions of what it predicts."""
     model = placed(model, {})
     now, weights = copy.deepcopy(model), {}
     for name in order:
@@ -109,7 +124,10 @@ def regressed(model, order, leave=()):
 def hidden_error(model, weights):
     """The relative error of the hidden states behind the last block."""
     with torch.no_grad():
-        was, now = (one(input_ids=TEXT, output_hidden_states=True).hidden_states[-1] for one in (placed(model, {}), placed(model, weights)))
+        was, now = (
+            one(input_ids=TEXT, output_hidden_states=True).hidden_states[-1]
+            for one in (placed(model, {}), placed(model, weights))
+        )
     return ((now - was).norm() / was.norm()).item()
 
 
@@ -132,7 +150,9 @@ def test_the_closed_form_is_that_of_reduced_rank_regression(save_parent, engine,
     assert all(result[0][2] == errors for result in results)
 
 
-@pytest.mark.parametrize(("engine", "other"), [("fsdp", "zero3"), pytest.param("zero3", "fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("engine", "other"), [("fsdp", "zero3"), pytest.param("zero3", "fsdp", marks=pytest.mark.slow)]
+)
 def test_training_brings_the_blocks_nearer_alike_on_one_rank_and_two(save_parent, engine, other):
     folder, model = save_parent("llama")
     alone = run_ranks(1, of_stages, engine, folder, [CLOSED, TRAINED], in_turn, 1, ("k_proj",))[0]
@@ -149,10 +169,20 @@ def diverging(world, folder):
     engine = opened(world, "fsdp", folder)
     closed = refined(engine, folder, CLOSED, uneven)
     wild = refined(engine, folder, dataclasses.replace(TRAINED, rate=1e4), uneven)
-    assert all(torch.equal(closed[name].up, wild[name].up) and torch.equal(closed[name].down, wild[name].down) for name in closed)
+    assert all(
+        torch.equal(closed[name].up, wild[name].up) and torch.equal(closed[name].down, wild[name].down)
+        for name in closed
+    )
     shapes = shapes_of(engine)
     with pytest.raises(DecompositionError, match=r"^lm_head: no block of the model calls it"):
-        list(CLOSED.in_order(engine, lambda: walk(architecture(folder, {}), gathered(engine), [TEXT], engine.device), shapes, {"lm_head": 3}))
+        list(
+            CLOSED.in_order(
+                engine,
+                lambda: walk(architecture(folder, {}), gathered(engine), [TEXT], engine.device),
+                shapes,
+                {"lm_head": 3},
+            )
+        )
 
 
 def test_factors_that_training_has_not_bettered_are_those_of_the_closed_form(save_parent):
@@ -201,15 +231,19 @@ def on_a_real_parent(world, assets, name, method, ratio):
     for part, statistics in collect(engine, "inputs", shapes, shapes, text):
         spectra.add(part, statistics)
     ranks = energy(shapes, ratio, 1, spectra.values)
-    made = method.in_order(engine, lambda: walk(architecture(folder, {}), gathered(engine), text, engine.device), shapes, ranks)
+    made = method.in_order(
+        engine, lambda: walk(architecture(folder, {}), gathered(engine), text, engine.device), shapes, ranks
+    )
     engine.rebuild(architecture(folder, ranks), {one.name: one for one in made})
     return whole, perplexity(engine, documents, 16).ppl
 
 
-@pytest.mark.parametrize(("name", "bound"), [("stories260k", 0.3 * 41.6), pytest.param("stories3m", 0.7 * 20.2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "bound"), [("stories260k", 0.3 * 41.6), pytest.param("stories3m", 0.7 * 20.2, marks=pytest.mark.slow)]
+)
 def test_on_a_real_parent_and_little_text(assets, name, bound):
-    """Well below the multiple of the perplexity by whitening on more text: 41.6 and 20.2. Refined it is 10.1 and 12.1; for stories3m 5.4 on eight
-    times as much (docs/log.md)."""
+    """Well below the multiple of the perplexity by whitening on more text: 41.6 and 20.2. Refined it is 10.1 and 12.1;
+    for stories3m 5.4 on eight times as much (docs/log.md)."""
     method = dataclasses.replace(TRAINED, epochs=2, batch_tokens=1024, rate=0.1)
     whole, refined = run_ranks(2, on_a_real_parent, assets, name, method, 2.25)[0]
     assert refined < bound * whole, refined / whole

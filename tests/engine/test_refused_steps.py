@@ -34,7 +34,11 @@ def test_a_bad_step_leaves_no_trace(save_parent, engine, ranks):
         for (norms, spoiled, weights, moments), (expected, _, sound, made) in zip(
             run_ranks(ranks, with_bad_steps, engine, folder, bad), good, strict=True
         ):
-            assert norms == expected and all(math.isfinite(norm) == (bad == "refused") for norm in spoiled) and len(spoiled) == 2
+            assert (
+                norms == expected
+                and all(math.isfinite(norm) == (bad == "refused") for norm in spoiled)
+                and len(spoiled) == 2
+            )
             _same(weights, sound)
             for moment, shards in moments.items():
                 _same(shards, made[moment])

@@ -8,11 +8,11 @@ from processes import run_ranks
 from sharded import factor, live_bytes, logits, opened, shapes_of
 from torch.nn import functional as F
 
-from plrd_train.lowrank.distributed import Spectra
-from plrd_train.lowrank.factorizers.svd import Factorizer
-from plrd_train.lowrank.ranks import Shape, sensitivity
-from plrd_train.lowrank.sensitivity import measure, point
-from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.compress.methods.svd import Factorizer
+from plrd_train.compress.ranks import Shape, sensitivity
+from plrd_train.compress.rounds import Spectra
+from plrd_train.compress.sensitivity import measure, point
+from plrd_train.compress.surgery import eligible_linears
 
 TEXT = torch.randint(3, 64, (5, 11), generator=torch.Generator().manual_seed(1))
 DEAD = "model.layers.1.mlp.up_proj"  # what it gives goes nowhere, below
@@ -30,7 +30,11 @@ def measured(world, name, folder, stages, options):
     shapes, was = shapes_of(engine), {}
     if stages == 2:
         tensors = dict(engine.tensors())
-        was = {linear: tensors[f"{linear}.up.weight"] @ tensors[f"{linear}.down.weight"] for linear in shapes} if engine.rank == 0 else {}
+        was = (
+            {linear: tensors[f"{linear}.up.weight"] @ tensors[f"{linear}.down.weight"] for linear in shapes}
+            if engine.rank == 0
+            else {}
+        )
     spectra, said = Spectra(engine, shapes, Factorizer()), []
     spectra.add(list(shapes))
     before = logits(engine, TEXT), live_bytes()
@@ -64,7 +68,13 @@ def reference(model, shapes, was):
 
 @pytest.mark.parametrize(
     ("engine", "size", "architecture", "stages"),
-    [("fsdp", 1, "llama", 1), ("fsdp", 2, "qwen2", 2), ("fsdp", 3, "gpt_neox", 1), ("zero3", 2, "qwen2", 1), ("zero3", 3, "mistral", 2)],
+    [
+        ("fsdp", 1, "llama", 1),
+        ("fsdp", 2, "qwen2", 2),
+        ("fsdp", 3, "gpt_neox", 1),
+        ("zero3", 2, "qwen2", 1),
+        ("zero3", 3, "mistral", 2),
+    ],
 )
 def test_the_loss_grows_as_that_of_the_plain_model(save_parent, engine, size, architecture, stages):
     folder, model = save_parent(architecture)
@@ -75,13 +85,19 @@ def test_the_loss_grows_as_that_of_the_plain_model(save_parent, engine, size, ar
     results = run_ranks(size, measured, engine, folder, stages, {})
     grown, ranks, was = results[0]
     assert all(result[:2] == (grown, ranks) for result in results)
-    shapes = {name: Shape(linear.out_features, linear.in_features, 12 if stages == 2 else None) for name, linear in eligible_linears(model)}
+    shapes = {
+        name: Shape(linear.out_features, linear.in_features, 12 if stages == 2 else None)
+        for name, linear in eligible_linears(model)
+    }
     expected = reference(model, shapes, was)
     for name, exact in expected.items():
         assert grown[name] == pytest.approx(exact, abs=2e-5), name
     assert sum(abs(growth) > 1e-3 for _, growth in expected.values()) >= 4
     for ratio, chosen in ranks.items():
-        assert sum(shape.params(chosen.get(name)) for name, shape in shapes.items()) <= sum(shape.dense_params for shape in shapes.values()) / ratio
+        assert (
+            sum(shape.params(chosen.get(name)) for name, shape in shapes.items())
+            <= sum(shape.dense_params for shape in shapes.values()) / ratio
+        )
         if architecture == "llama":  # of the Linears of its shape, those that the loss depends on get more
             live = [name for name, shape in shapes.items() if shape == shapes[DEAD] and grown[name][1] > 1e-3]
             assert live and all(chosen[DEAD] < chosen.get(name, 32) for name in live)

@@ -7,13 +7,13 @@ import torch
 from processes import run_ranks
 from sharded import architecture, opened, shapes_of
 
-from plrd_train.hub.parents import open_parent
-from plrd_train.hub.weights import WeightReader
-from plrd_train.lowrank.distributed import DecompositionError
-from plrd_train.lowrank.factorizers.rom import Factorizer
-from plrd_train.lowrank.ranks import Shape
-from plrd_train.lowrank.surgery import eligible_linears
-from plrd_train.lowrank.walk import Alone, gathered, walk
+from plrd_train.compress.blocks import Alone, gathered, walk
+from plrd_train.compress.methods.rom import Factorizer
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import DecompositionError
+from plrd_train.compress.surgery import eligible_linears
+from plrd_train.parents.parent import open_parent
+from plrd_train.parents.weights import WeightReader
 
 TEXT = torch.randint(3, 64, (5, 11), generator=torch.Generator().manual_seed(1))
 ROM = Factorizer(calibration_tokens=1)
@@ -21,7 +21,8 @@ ENGINES = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 
 
 def blocks(engine, folder):
-    """A walk over this rank's batches of TEXT: two of unequal size on the first, one on the second, none on any further rank."""
+    """A walk over this rank's batches of TEXT: two of unequal size on the first, one on the second, none on any further
+    rank."""
     split = [[TEXT[:2], TEXT[2:3]], [TEXT[3:]]] if engine.world_size > 1 else [[TEXT[:3], TEXT[3:]]]
     own = split[engine.rank] if engine.rank < len(split) else []
     return walk(architecture(folder, {}), gathered(engine), own, engine.device)
@@ -37,7 +38,9 @@ def inputs_of_blocks(world, name, folders):
 
 @ENGINES
 def test_blocks_are_given_what_the_whole_model_gives_them(save_parent, engine):
-    parents = [save_parent(architecture_) for architecture_ in ("llama_tied_scaled_rope", "mistral", "gemma3", "gpt_neox")]
+    parents = [
+        save_parent(architecture_) for architecture_ in ("llama_tied_scaled_rope", "mistral", "gemma3", "gpt_neox")
+    ]
     results = run_ranks(2, inputs_of_blocks, engine, [folder for folder, _ in parents])
     for parent, (_, model) in enumerate(parents):
         with torch.no_grad():
@@ -66,18 +69,24 @@ def in_order(world, name, folder, rank):
     order, errors = list(factors), {one.name: one.metric_error for one in factors.values()}
     engine.rebuild(architecture(folder, dict.fromkeys(shapes, rank)), factors)
     tensors = dict(engine.tensors())
-    products = {linear: tensors[f"{linear}.up.weight"] @ tensors[f"{linear}.down.weight"] for linear in shapes} if engine.rank == 0 else {}
+    products = (
+        {linear: tensors[f"{linear}.up.weight"] @ tensors[f"{linear}.down.weight"] for linear in shapes}
+        if engine.rank == 0
+        else {}
+    )
     return order, errors, products, {linear: tensors.get(f"{linear}.up.bias") for linear in shapes}
 
 
 def reference(model, order, rank):
-    """LLM-ROM by its equations in float64: W1 = V_r^T W and W2 = V_r, V the eigenvectors of the moment of what the Linear gives in the model as
-    compressed so far. And the relative error of each Linear's outputs."""
+    """LLM-ROM by its equations in float64: W1 = V_r^T W and W2 = V_r, V the eigenvectors of the moment of what the
+    Linear gives in the model as compressed so far. And the relative error of each Linear's outputs."""
     model = copy.deepcopy(model).double().eval()
     linears, errors = dict(eligible_linears(model)), {}
     for name in order:
         inputs = []
-        handle = linears[name].register_forward_pre_hook(lambda module, given, inputs=inputs: inputs.append(given[0].flatten(0, 1)))
+        handle = linears[name].register_forward_pre_hook(
+            lambda module, given, inputs=inputs: inputs.append(given[0].flatten(0, 1))
+        )
         with torch.no_grad():
             model(input_ids=TEXT)
             handle.remove()

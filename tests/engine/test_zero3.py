@@ -1,4 +1,5 @@
-"""What only ZeRO-3 does: offloading, parameters that stay whole, ending one DeepSpeed engine for the next. The rest is in test_engines.py."""
+"""What only ZeRO-3 does: offloading, parameters that stay whole, ending one DeepSpeed engine for the next. The rest is
+in test_engines.py."""
 
 import gc
 import json
@@ -18,9 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from plrd_train.engine.zero3 import Options
 from plrd_train.errors import UserError
-from plrd_train.hub.models import HubArchitecture
-from plrd_train.hub.parents import load_config, open_parent
-from plrd_train.hub.weights import WeightReader
+from plrd_train.parents.models import HubArchitecture
+from plrd_train.parents.parent import load_config, open_parent
+from plrd_train.parents.weights import WeightReader
 
 
 def two_stages(world, folder, data, options):
@@ -106,7 +107,9 @@ def test_nvme_without_libaio_is_refused_in_one_line(save_parent):
     for message in run_ranks(2, refused, folder, ["offload_optimizer"]):
         assert message.startswith("engine.offload_optimizer: nvme needs") and "\n" not in message
     for message in run_ranks(2, refused, folder, ["offload_optimizer", "offload_params"]):
-        assert message.startswith("engine.offload_optimizer and engine.offload_params: nvme needs") and "\n" not in message
+        assert (
+            message.startswith("engine.offload_optimizer and engine.offload_params: nvme needs") and "\n" not in message
+        )
 
 
 def nvme_is_there(world):
@@ -115,26 +118,46 @@ def nvme_is_there(world):
     return get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
 
 
-COMPILE = "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('AsyncIOBuilder').load(verbose=False)"
+COMPILE = (
+    "from deepspeed.accelerator import get_accelerator as a; "
+    "a().create_op_builder('AsyncIOBuilder').load(verbose=False)"
+)
 
 
 @pytest.fixture(scope="module")
 def swapped_parent(tmp_path_factory):
-    """A parent whose matrices are large enough to be in files on two ranks, and what reads and writes files, compiled: which takes minutes."""
+    """A parent whose matrices are large enough to be in files on two ranks, and what reads and writes files, compiled:
+    which takes minutes."""
     if not run_ranks(1, nvme_is_there)[0]:
         pytest.skip("libaio is not installed here")
-    subprocess.run([sys.executable, "-c", COMPILE], check=True, env={**os.environ, "DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        check=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.DEVNULL,
+    )
     folder = tmp_path_factory.mktemp("swapped") / "parent"
-    sizes = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 2048,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(folder)
     save_tokenizer(folder, 2048)
     return folder
 
 
 def wrong_in_files(engine, swap):
-    """How many files of slices of parameters there are, and how many of them hold other values than the masters, or are in memory, too."""
+    """How many files of slices of parameters there are, and how many of them hold other values than the masters, or are
+    in memory, too."""
     wrong, files = 0, sorted(swap.glob(f"zero_stage_3/float32params/rank{engine.rank}/*.swp"))
-    values = {parameter.nvme_swapper.get_path(parameter): name for name, parameter in engine.model.named_parameters()} if files else {}
+    values = (
+        {parameter.nvme_swapper.get_path(parameter): name for name, parameter in engine.model.named_parameters()}
+        if files
+        else {}
+    )
     masters = engine.snapshot()
     for file in files:
         master, slices = masters[values[str(file)]], engine.model.get_parameter(values[str(file)]).ds_tensor
@@ -144,7 +167,8 @@ def wrong_in_files(engine, swap):
 
 
 def step_with_all_read_ahead(engine, batch):
-    """A step that finds slices in memory which were read ahead and never used, as those of experts that no token went to."""
+    """A step that finds slices in memory which were read ahead and never used, as those of experts that no token went
+    to."""
     engine.backward(engine.model(input_ids=batch[engine.rank :: engine.world_size]).logits.logsumexp(-1).mean())
     for parameter in engine.model.parameters():
         if parameter.ds_tensor.final_location == "nvme" and parameter.ds_status.name == "NOT_AVAILABLE":
@@ -171,17 +195,28 @@ def two_stages_with_all(world, folder, data, swap, options):
     optimizer_files = len(list(swap.glob(f"zero_stage_3/optimizer/rank{world.rank}/*.swp")))
     engine._end()
     world.share(None)
-    return [figure for figure in found if figure is not None], files, optimizer_files, [path for path in swap.rglob("*") if path.is_file()]
+    return (
+        [figure for figure in found if figure is not None],
+        files,
+        optimizer_files,
+        [path for path in swap.rglob("*") if path.is_file()],
+    )
 
 
 @pytest.mark.slow  # compiles DeepSpeed's async_io
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_is_on_nvme_changes_nothing_and_leaves_nothing(swapped_parent, tmp_path, ranks):
     def found_with(optimizer, params):
-        arguments = (swapped_parent, batches(3, 4), tmp_path / f"{optimizer}_{params}", {"offload_optimizer": optimizer, "offload_params": params})
+        arguments = (
+            swapped_parent,
+            batches(3, 4),
+            tmp_path / f"{optimizer}_{params}",
+            {"offload_optimizer": optimizer, "offload_params": params},
+        )
         return run_ranks(ranks, two_stages_with_all, *arguments)
 
-    for optimizer, host in (("none", "none"), ("nvme", "cpu")):  # gradients' norms are summed in another order where the optimizer is on the host
+    # Gradients' norms are summed in another order where the optimizer is on the host.
+    for optimizer, host in (("none", "none"), ("nvme", "cpu")):
         expected = found_with(host, "none")
         for (found, files, of_optimizer, left), (same, *_) in zip(found_with(optimizer, "nvme"), expected, strict=True):
             torch.testing.assert_close(found, same, rtol=0, atol=0)

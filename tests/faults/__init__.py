@@ -12,7 +12,8 @@ from typing import Any
 
 
 def before(where: str, call: int, instead: Callable[[], Any]) -> None:
-    """Let `instead` happen at the `call`-th call, from 0, of the function `where`, "module:name" or "module:Class.name"."""
+    """Let `instead` happen at the `call`-th call, from 0, of the function `where`, "module:name" or
+    "module:Class.name"."""
     module, _, path = where.partition(":")
     owner_name, _, name = path.rpartition(".")
     owner = importlib.import_module(module)

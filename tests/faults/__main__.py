@@ -1,10 +1,12 @@
-"""`PYTHONPATH=tests python -m faults --seed S --count N [--table FILE.md]`, in the root of the repository: a campaign of N faults.
+"""`PYTHONPATH=tests python -m faults --seed S --count N [--table FILE.md]`, in the root of the repository: a campaign
+of N faults.
 
-With `--family F` only the family of that number, whose faults follow from the seed and that number; and with `--only I` no fault but its I-th: so
-each one can be replayed from what the campaign printed. What is timed by seconds, and what threads do meanwhile, differs a little each time.
+With `--family F` only the family of that number, whose faults follow from the seed and that number; and with `--only I`
+no fault but its I-th: so each one can be replayed from what the campaign printed. What is timed by seconds, and what
+threads do meanwhile, differs a little each time.
 
-Where this user may mount one, all happens on a small tmpfs, which a full disk then is. Ends with status 1 where something was not as it must be, and
-keeps the families that show it.
+Where this user may mount one, all happens on a small tmpfs, which a full disk then is. Ends with status 1 where
+something was not as it must be, and keeps the families that show it.
 """
 
 import argparse
@@ -31,7 +33,9 @@ def main() -> int:
     parser.add_argument("--table", type=Path)
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "faults", folder], capture_output=True).returncode
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "faults", folder], capture_output=True
+    ).returncode
     began = time.monotonic()
     try:
         campaign = Campaign(folder, given.seed, lambda line: print(line, flush=True))

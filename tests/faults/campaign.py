@@ -1,4 +1,5 @@
-"""A campaign of faults: small families, each struck again and again until it is done, against the same families left in peace."""
+"""A campaign of faults: small families, each struck again and again until it is done, against the same families left in
+peace."""
 
 import itertools
 import random
@@ -35,7 +36,9 @@ class Setting:
     def overrides(self) -> list[str]:
         engine = [f"engine={self.engine}", "engine.dtype=fp32", "engine.activation_checkpointing=false"]
         branch = ["recover.branch=0.34"] if self.branch else []  # three steps of the nine
-        calibrated = [f"factorizer={self.factorizer}", "factorizer.calibration_tokens=700"] if self.factorizer != "svd" else []
+        calibrated = (
+            [f"factorizer={self.factorizer}", "factorizer.calibration_tokens=700"] if self.factorizer != "svd" else []
+        )
         return [*engine, *branch, *calibrated]
 
     def __str__(self) -> str:
@@ -53,10 +56,12 @@ SETTINGS = [
 
 
 class Campaign:
-    """`problems` says what was not as it must be, by family and fault; `met` holds the faults that ended a start, in order."""
+    """`problems` says what was not as it must be, by family and fault; `met` holds the faults that ended a start, in
+    order."""
 
     def __init__(self, folder: Path, seed: int, say: Callable[[str], object] = print):
-        """Work in `folder`; where that lies on a small file system a full disk is one, elsewhere a limit on the size of files."""
+        """Work in `folder`; where that lies on a small file system a full disk is one, elsewhere a limit on the size of
+        files."""
         self._folder, self._seed, self._say = folder, seed, say
         self._deck = random.Random(seed).sample(DECK, len(DECK))
         self.met: list[Met] = []
@@ -72,8 +77,8 @@ class Campaign:
             self.family(self.families, count - len(self.met))
 
     def family(self, number: int, most: int = LONGEST, only: int | None = None) -> None:
-        """Make the family `number` of this campaign, which follows from it and the seed alone, with at most `most` faults, and compare it. `only`: no
-        fault but the one of that number."""
+        """Make the family `number` of this campaign, which follows from it and the seed alone, with at most `most`
+        faults, and compare it. `only`: no fault but the one of that number."""
         self.families += 1
         setting = SETTINGS[number % len(SETTINGS)]
         run_dir = self._folder / f"family-{number}"
@@ -89,7 +94,9 @@ class Campaign:
         if chain.hopeless:
             return
         expected = self._undisturbed(setting)
-        for what, found, wanted in zip(("family.json", "metrics.jsonl", "events.jsonl"), records(run_dir), records(expected), strict=True):
+        for what, found, wanted in zip(
+            ("family.json", "metrics.jsonl", "events.jsonl"), records(run_dir), records(expected), strict=True
+        ):
             if found != wanted:
                 self.problem(number, f"{what} is not that of the undisturbed family:\n{found}\n{wanted}")
         if not same_members(run_dir, expected):
@@ -144,7 +151,9 @@ class Campaign:
         """What strikes that family, by number: it goes through the deck from a place of its own."""
         for number in itertools.count():
             kind, phase = self._deck[(EACH * family + number) % len(self._deck)]
-            if (phase != "annealing" or setting.branch) and (setting.ranks > 1 or kind not in ("kill -9 of all ranks", LAUNCHER)):
+            if (phase != "annealing" or setting.branch) and (
+                setting.ranks > 1 or kind not in ("kill -9 of all ranks", LAUNCHER)
+            ):
                 yield number, draw(kind, phase, setting.ranks, random.Random(f"{self._seed}/{family}/{number}"))
 
     def _undisturbed(self, setting: Setting) -> Path:
@@ -177,7 +186,9 @@ class _Chain:
             self.done = True
             return
         if fault is None or not ended.struck:
-            self._problem(f"{before}: ended by itself with {ended.statuses}, hung: {ended.hung}:\n{ended.out}\n{ended.err}")
+            self._problem(
+                f"{before}: ended by itself with {ended.statuses}, hung: {ended.hung}:\n{ended.out}\n{ended.err}"
+            )
             self.hopeless = True
             return
         if wrong := complaint(fault, ended, self._run_dir):
@@ -191,20 +202,40 @@ class _Chain:
         if damaged:
             self._begun = max(went_on_from, 0)
         elif self._begun - went_on_from > LOST:
-            self._problem(f"{before}: {self._begun} steps were begun, and the newest whole checkpoint is of {went_on_from}")
+            self._problem(
+                f"{before}: {self._begun} steps were begun, and the newest whole checkpoint is of {went_on_from}"
+            )
         self.met += 1
         words = [line for line in ended.out.splitlines() if "stopped as asked" in line or "W&B is off" in line]
         said = self._plain(
-            "\n".join(line for line in (*words, *ended.err.splitlines()) if "; trying again in " not in line and not line.startswith("wandb: "))
+            "\n".join(
+                line
+                for line in (*words, *ended.err.splitlines())
+                if "; trying again in " not in line and not line.startswith("wandb: ")
+            )
         )
         self._campaign.record(
-            Met(self._number, number, str(self._setting), fault, ended.statuses, said, damaged, went_on_from, self._begun, ended.seconds)
+            Met(
+                self._number,
+                number,
+                str(self._setting),
+                fault,
+                ended.statuses,
+                said,
+                damaged,
+                went_on_from,
+                self._begun,
+                ended.seconds,
+            )
         )
 
     def _look_where_it_went_on(self, ended: Start, newest: int, before: str) -> None:
-        """It went on from the newest whole checkpoint, and each step followed the one before; and it named what is damaged."""
+        """It went on from the newest whole checkpoint, and each step followed the one before; and it named what is
+        damaged."""
         if ended.steps and ended.steps != list(range(newest, newest + len(ended.steps))):
-            self._problem(f"{before}: the newest whole checkpoint was of step {newest}, and these steps were begun: {ended.steps}")
+            self._problem(
+                f"{before}: the newest whole checkpoint was of step {newest}, and these steps were begun: {ended.steps}"
+            )
         self._begun = max([self._begun, *(step + 1 for step in ended.steps)])
         if self._damaged:
             if any(self._damaged in line and "damaged and passed over" in line for line in ended.out.splitlines()):
@@ -214,9 +245,14 @@ class _Chain:
                 self._damaged = ""
 
     def _damage(self, fault: Fault) -> str:
-        """Damage what the next start goes on from, and return its name. Where nothing else is left, that start refuses, and it is put back."""
+        """Damage what the next start goes on from, and return its name. Where nothing else is left, that start refuses,
+        and it is put back."""
         factors = self._run_dir / "factors"
-        if fault.phase == "factoring" and factors.is_dir() and (done := damage(fault.kind, factors, ("*.safetensors",), fault.seed)):
+        if (
+            fault.phase == "factoring"
+            and factors.is_dir()
+            and (done := damage(fault.kind, factors, ("*.safetensors",), fault.seed))
+        ):
             return f"factors/{done[0].name}"
         whole = whole_checkpoints(self._run_dir)
         done = damage(fault.kind, whole[0], FILES, fault.seed) if whole else None
@@ -227,8 +263,14 @@ class _Chain:
             self._damaged = file.parent.name if file.name == "sha256sums" else f"{file.parent.name}/{file.name}"
             return f"{file.parent.name}/{file.name}"
         ended = self._campaign.start(self._setting, self._run_dir, None)
-        if set(ended.statuses) != {2} or ended.err.count("\n") != 1 or "every checkpoint here is damaged" not in ended.err:
-            self._problem(f"({fault}): the only checkpoint was damaged ({file.name}):\n{ended.statuses} {ended.out}\n{ended.err}")
+        if (
+            set(ended.statuses) != {2}
+            or ended.err.count("\n") != 1
+            or "every checkpoint here is damaged" not in ended.err
+        ):
+            self._problem(
+                f"({fault}): the only checkpoint was damaged ({file.name}):\n{ended.statuses} {ended.out}\n{ended.err}"
+            )
         file.write_bytes(content)
         return f"{file.parent.name}/{file.name}, the only one, restored after the refusal"
 

@@ -1,4 +1,5 @@
-"""What may happen to a start of a job: the kinds of faults, the phases in which they strike, and how a start that met one must end."""
+"""What may happen to a start of a job: the kinds of faults, the phases in which they strike, and how a start that met
+one must end."""
 
 import random
 import socket
@@ -9,12 +10,18 @@ from faults.starting import Start
 from faults.striking import WAITS_S
 
 HOST = socket.gethostname()
-_LOOP, _CHECKPOINT, _RUN, _MEMBERS = "plrd_train.recover.loop", "plrd_train.recover.checkpoint", "plrd_train.run", "plrd_train.hub.members"
+_LOOP, _CHECKPOINT, _RUN, _MEMBERS = (
+    "plrd_train.recover.loop",
+    "plrd_train.recover.checkpoint",
+    "plrd_train.run",
+    "plrd_train.publish.members",
+)
 
 
 @dataclass(frozen=True)
 class Point:
-    """Before one of the first `calls` calls of a function, "module:name" or "module:Class.name"; on rank 0 alone where others do not call it."""
+    """Before one of the first `calls` calls of a function, "module:name" or "module:Class.name"; on rank 0 alone where
+    others do not call it."""
 
     where: str
     calls: int
@@ -29,8 +36,8 @@ PHASES = {
     ),
     "factoring": (
         Point("plrd_train.pipeline:factor", 1),
-        Point("plrd_train.recover.kept:KeptFactors.get", 5),
-        Point("plrd_train.recover.kept:KeptFactors.put", 5),
+        Point("plrd_train.compress.kept:KeptFactors.get", 5),
+        Point("plrd_train.compress.kept:KeptFactors.put", 5),
     ),
     "step": (Point(f"{_LOOP}:Trainer._step", 8), Point(f"{_LOOP}:Trainer._micro_batch", 8)),
     "annealing": (Point(f"{_LOOP}:anneal", 3),),
@@ -67,8 +74,9 @@ DECK = [
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind` strikes in rank `rank`, `delay` seconds after the moment before the `call`-th call, from 0, of `where` (of the opening of a shard, in
-    the phase "reading"). `seed` draws what is chosen when it strikes: a folder, a file, a byte."""
+    """`kind` strikes in rank `rank`, `delay` seconds after the moment before the `call`-th call, from 0, of `where` (of
+    the opening of a shard, in the phase "reading"). `seed` draws what is chosen when it strikes: a folder, a file, a
+    byte."""
 
     kind: str
     phase: str
@@ -79,7 +87,10 @@ class Fault:
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.phase}: {self.delay:.2f} s after call {self.call} of {self.where or 'open'} in rank {self.rank}"
+        return (
+            f"{self.kind}, {self.phase}: {self.delay:.2f} s after call {self.call} of {self.where or 'open'} in "
+            f"rank {self.rank}"
+        )
 
 
 def draw(kind: str, phase: str, world_size: int, dice: random.Random) -> Fault:
@@ -101,7 +112,9 @@ def complaint(fault: Fault, start: Start, run_dir: Path) -> str | None:
     if start.hung:
         return "hung"
     size, kind = len(start.pids), fault.kind
-    errors = [line for line in start.err.splitlines() if not line.startswith("wandb: ") and "; trying again in " not in line]
+    errors = [
+        line for line in start.err.splitlines() if not line.startswith("wandb: ") and "; trying again in " not in line
+    ]
     if kind == LAUNCHER:
         return _unless(start.statuses == [-9] and not errors, start)
     if kind == "kill -9 of all ranks":

@@ -1,4 +1,5 @@
-"""One start of the main job that meets a fault, on real processes: under a launcher or without one, always within a bound."""
+"""One start of the main job that meets a fault, on real processes: under a launcher or without one, always within a
+bound."""
 
 import dataclasses
 import json
@@ -29,8 +30,8 @@ TOGETHER_S = 30  # from the end of the first rank to that of the last
 
 @dataclass(frozen=True)
 class Start:
-    """How it ended: the exit statuses of the ranks, or of their launcher alone; what they wrote; whether the fault `struck`, and which shard it
-    broke; and the optimizer steps, counted over the run, that rank 0 began."""
+    """How it ended: the exit statuses of the ranks, or of their launcher alone; what they wrote; whether the fault
+    `struck`, and which shard it broke; and the optimizer steps, counted over the run, that rank 0 began."""
 
     statuses: list[int]
     pids: list[int]
@@ -47,7 +48,14 @@ class Start:
         return not self.hung and not any(self.statuses)
 
 
-def start(world_size: int, arguments: Sequence[str], fault: "Fault | None", run_dir: Path, corpus: Path, by_launcher: bool = False) -> Start:
+def start(
+    world_size: int,
+    arguments: Sequence[str],
+    fault: "Fault | None",
+    run_dir: Path,
+    corpus: Path,
+    by_launcher: bool = False,
+) -> Start:
     """The main job until it ends, or `hung` with the stacks of its ranks in `err`; nothing of it runs on."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -55,10 +63,14 @@ def start(world_size: int, arguments: Sequence[str], fault: "Fault | None", run_
         plan = (None if fault is None else dataclasses.astuple(fault), str(run_dir), str(corpus), folder)
         run = _launched if by_launcher else _started
         statuses, pids, out, err, hung = run(world_size, arguments, plan, notes)
-        return Start(statuses, pids, out, err, hung, notes.struck(), notes.shard(), notes.steps(), time.monotonic() - began)
+        return Start(
+            statuses, pids, out, err, hung, notes.struck(), notes.shard(), notes.steps(), time.monotonic() - began
+        )
 
 
-def _started(world_size: int, arguments: Sequence[str], plan: tuple, notes: Notes) -> tuple[list[int], list[int], str, str, bool]:
+def _started(
+    world_size: int, arguments: Sequence[str], plan: tuple, notes: Notes
+) -> tuple[list[int], list[int], str, str, bool]:
     with started(world_size, main_job, arguments, arm, plan) as job:
         end, first = time.monotonic() + BOUND_S, False
         while running := [process for process in job.processes if process.exitcode is None]:
@@ -75,8 +87,19 @@ def _started(world_size: int, arguments: Sequence[str], plan: tuple, notes: Note
         return [process.exitcode for process in job.processes], job.pids, job.out, job.err, bool(running)
 
 
-def _launched(world_size: int, arguments: Sequence[str], plan: tuple, notes: Notes) -> tuple[list[int], list[int], str, str, bool]:
-    by = [sys.executable, "-m", "plrd_train.torchrun", "--standalone", "--nproc_per_node", str(world_size), "-m", "faults.rank"]
+def _launched(
+    world_size: int, arguments: Sequence[str], plan: tuple, notes: Notes
+) -> tuple[list[int], list[int], str, str, bool]:
+    by = [
+        sys.executable,
+        "-m",
+        "plrd_train.runtime.torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        str(world_size),
+        "-m",
+        "faults.rank",
+    ]
     path = f"{ROOT}:{ROOT / 'tests'}"
     with launched([*by, json.dumps(plan), *arguments], PYTHONPATH=path, DS_ACCELERATOR="cpu") as run:
         status = run.status(BOUND_S)

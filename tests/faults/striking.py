@@ -71,7 +71,11 @@ def arm(rank: int, values: tuple | None, run_dir: str, corpus: str, notes_folder
     if fault.kind == "a read-only folder":
         _obey_permissions()
     if fault.kind == WANDB:
-        os.environ |= {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
+        os.environ |= {
+            "WANDB_API_KEY": "0123456789" * 4,
+            "WANDB_BASE_URL": "http://127.0.0.1:9",
+            "WANDB_INIT_TIMEOUT": "1",
+        }
     if rank != fault.rank:
         return
     if fault.kind in SHARD_KINDS:
@@ -152,25 +156,33 @@ def _limit_files(pids: list[int]) -> None:
 
 
 def _obey_permissions() -> None:
-    """Let the permissions of files hold for this process, even root's: take the capability to pass over them from it."""
+    """Let the permissions of files hold for this process, even root's: take the capability to pass over them from
+    it."""
     libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread: before it starts any other
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, of the capabilities below 32 and then of those above
+    # _LINUX_CAPABILITY_VERSION_3, this thread: before it starts any other.
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (
+        ctypes.c_uint32 * 6
+    )()  # effective, permitted and inheritable, of the capabilities below 32 and then of those above
     if libc.capget(header, sets) == 0:
         sets[0] &= ~(1 << _DAC_OVERRIDE)
         libc.capset(header, sets)
 
 
 def _break_shard(fault: "Fault", corpus: Path, notes: Notes) -> None:
-    """Take a training shard away before it is opened, or let reading it fail: by a link to the memory of this process, which at address 0 gives an
-    I/O error."""
+    """Take a training shard away before it is opened, or let reading it fail: by a link to the memory of this process,
+    which at address 0 gives an I/O error."""
     opened = iter(range(fault.call + 1))
     armed = threading.Lock()
 
     def look(event: str, arguments: tuple) -> None:
         if event != "open" or not isinstance(arguments[0], str) or armed.locked():
             return
-        if arguments[0].startswith(f"{corpus}/train/") and next(opened, None) == fault.call and armed.acquire(blocking=False):
+        if (
+            arguments[0].startswith(f"{corpus}/train/")
+            and next(opened, None) == fault.call
+            and armed.acquire(blocking=False)
+        ):
             shard = Path(arguments[0])
             notes.note("shard", str(shard))
             notes.note("struck", "x")

@@ -11,8 +11,8 @@ from faults.kinds import DECK, PHASES, READING, Fault
 
 @dataclass(frozen=True)
 class Met:
-    """A fault that ended a start: where in the campaign, what was said, the newest whole checkpoint then left to go on from (-1: none yet), by its
-    optimizer steps, and the steps begun before."""
+    """A fault that ended a start: where in the campaign, what was said, the newest whole checkpoint then left to go on
+    from (-1: none yet), by its optimizer steps, and the steps begun before."""
 
     family: int
     number: int
@@ -27,7 +27,8 @@ class Met:
 
 
 def table(met: Sequence[Met]) -> str:
-    """Kinds by phases, as markdown: how many, and from which steps on the next starts went on; and below, what was said."""
+    """Kinds by phases, as markdown: how many, and from which steps on the next starts went on; and below, what was
+    said."""
     phases = [*PHASES, READING]
     lines = ["| fault | " + " | ".join(phases) + " | all | went on from |", "|---" * (len(phases) + 3) + "|"]
     said: dict[str, Counter[str]] = {}
@@ -46,7 +47,11 @@ def table(met: Sequence[Met]) -> str:
 def _words(one: Met) -> str:
     text = re.sub(r"(?<=RUN_DIR)/[^:( ]*", "/…", one.said).replace("\n", "<br>") or "nothing"
     if one.damaged:
-        text = re.sub(r"step-\d+", "step-N", re.sub(r"shard-\d+-[^,]*(?=\.safe)", "shard-N", re.sub(r"(?<=factors/).*(?=\.safe)", "…", one.damaged)))
+        text = re.sub(
+            r"step-\d+",
+            "step-N",
+            re.sub(r"shard-\d+-[^,]*(?=\.safe)", "shard-N", re.sub(r"(?<=factors/).*(?=\.safe)", "…", one.damaged)),
+        )
     return text
 
 

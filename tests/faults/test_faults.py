@@ -1,4 +1,5 @@
-"""A campaign of faults (`python -m faults`): after each the same command is run again, and the family is that of a run left in peace, to the bit."""
+"""A campaign of faults (`python -m faults`): after each the same command is run again, and the family is that of a run
+left in peace, to the bit."""
 
 import pytest
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from large_parents import LLAMA2_7B, MISTRAL_7B
 
-from plrd_train.compose import compose
-from plrd_train.config import from_mapping
-from plrd_train.hub.models import build_model
-from plrd_train.lowrank.ranks import ALLOCATIONS, Shape, ratio_of
-from plrd_train.lowrank.surgery import eligible_linears
+from plrd_train.compress.ranks import ALLOCATIONS, Shape, ratio_of
+from plrd_train.compress.surgery import eligible_linears
+from plrd_train.config.compose import compose
+from plrd_train.config.schema import from_mapping
+from plrd_train.parents.models import build_model
 
 
 def on_meta(config, ranks=None):
@@ -19,8 +19,20 @@ def on_meta(config, ranks=None):
 @pytest.mark.parametrize(
     ("experiment", "config", "whole", "params", "kinds"),
     [
-        ("mistral_7b", MISTRAL_7B, 7.24e9, 3.36e9, {"q": 910, "o": 910, "k": 364, "v": 364, "gate": 1415, "up": 1415, "down": 1415}),
-        ("llama2_7b", LLAMA2_7B, 6.74e9, 3.14e9, {"q": 910, "o": 910, "k": 910, "v": 910, "gate": 1326, "up": 1326, "down": 1326}),
+        (
+            "mistral_7b",
+            MISTRAL_7B,
+            7.24e9,
+            3.36e9,
+            {"q": 910, "o": 910, "k": 364, "v": 364, "gate": 1415, "up": 1415, "down": 1415},
+        ),
+        (
+            "llama2_7b",
+            LLAMA2_7B,
+            6.74e9,
+            3.14e9,
+            {"q": 910, "o": 910, "k": 910, "v": 910, "gate": 1326, "up": 1326, "down": 1326},
+        ),
     ],
     ids=["mistral_7b", "llama2_7b"],
 )
@@ -38,5 +50,7 @@ def test_the_last_member_of_the_papers_families(experiment, config, whole, param
     member = on_meta(config, ranks)
     assert member.num_parameters() == pytest.approx(params, rel=0.005)
     left = member.num_parameters() - (parent.num_parameters() - sum(shape.dense_params for shape in shapes.values()))
-    assert ratio_of(shapes, ranks) == pytest.approx(sum(shape.dense_params for shape in shapes.values()) / left, rel=1e-12)
+    assert ratio_of(shapes, ranks) == pytest.approx(
+        sum(shape.dense_params for shape in shapes.values()) / left, rel=1e-12
+    )
     assert ratio_of(shapes, ranks) == pytest.approx(2.25, rel=2e-3)

@@ -101,7 +101,12 @@ def test_a_line_that_is_no_document(command, corpus, tmp_path, line, message):
 def test_a_bad_shard_that_one_rank_meets_in_mid_training(command, corpus, tmp_path):
     """Two streams, one a rank: the odd shards are the second rank's, which finishes some before the bad one."""
     folder = corpus / "train" / "chunk1"
-    whole = zstandard.ZstdDecompressor().decompressobj().decompress((folder / "example_train_0.jsonl.zst").read_bytes()).splitlines()
+    whole = (
+        zstandard.ZstdDecompressor()
+        .decompressobj()
+        .decompress((folder / "example_train_0.jsonl.zst").read_bytes())
+        .splitlines()
+    )
     shutil.rmtree(folder)
     folder.mkdir()
     for i in range(8):
@@ -184,7 +189,10 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (("recover.lr=1e-3", "data.seq_len=32"), ("recover.lr (0.004 there, 0.001 now)", "data.seq_len (16 there, 32 now)")),
+        (
+            ("recover.lr=1e-3", "data.seq_len=32"),
+            ("recover.lr (0.004 there, 0.001 now)", "data.seq_len (16 there, 32 now)"),
+        ),
         (("stages.ratios=[1.25]",), ("stages", "1.6")),
         (("stages.ratios=[1.25,1.7]",), ("stages", "1.6", "1.7")),
         (("stages.tokens=512",), ("stages", "384", "512")),
@@ -266,7 +274,12 @@ def test_a_disk_that_fails(command, tmp_path):
 def test_a_small_disk_that_is_really_full(command, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=176k", "none", str(disk)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=176k", "none", str(disk)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("only root may mount a small disk")
     try:
         arguments = command(disk / "run", *SHORT, "stages.ratios=[1.25]")

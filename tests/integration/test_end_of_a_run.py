@@ -15,7 +15,7 @@ import pytest
 from faults import fail_before
 from processes import Job, main_job, run_job, started
 
-from plrd_train import heartbeat
+from plrd_train.runtime import heartbeat
 
 LONG = ("stages.tokens=12800000", "checkpoint.minutes=null")  # hours
 WITHIN_S = 60
@@ -35,7 +35,9 @@ def steps(run_dir: Path) -> int:
 
 
 @contextmanager
-def in_training(ranks: int, arguments: list[str], run_dir: Path, prepare: Callable[..., None] | None = None) -> Iterator[Job]:
+def in_training(
+    ranks: int, arguments: list[str], run_dir: Path, prepare: Callable[..., None] | None = None
+) -> Iterator[Job]:
     """The job, without a launcher, once it has trained some steps."""
     with started(ranks, main_job, arguments, prepare, ()) as job:
         wait_for(lambda: steps(run_dir) > 2 or any(process.exitcode is not None for process in job.processes))
@@ -65,10 +67,17 @@ def test_a_rank_that_stands_still_in_training_ends_the_others(command, tmp_path)
         os.kill(job.pids[1], signal.SIGSTOP)
         job.processes[0].join(15)
         assert job.processes[0].exitcode == 1
-        assert job.err.count("\n") == 1 and f"error: rank 1 ({HOST}, pid {job.pids[1]}) gave no sign of life for " in job.err, job.err
+        assert (
+            job.err.count("\n") == 1
+            and f"error: rank 1 ({HOST}, pid {job.pids[1]}) gave no sign of life for " in job.err
+        ), job.err
 
 
-@pytest.mark.parametrize(("engine", "broken"), [pytest.param("fsdp", (1,), marks=pytest.mark.slow), ("fsdp", (0, 1, 2)), ("zero3", (1,))], ids=str)
+@pytest.mark.parametrize(
+    ("engine", "broken"),
+    [pytest.param("fsdp", (1,), marks=pytest.mark.slow), ("fsdp", (0, 1, 2)), ("zero3", (1,))],
+    ids=str,
+)
 def test_a_defect_is_told_once(command, tmp_path, engine, broken):
     run_dir = tmp_path / "run"
     fault = "plrd_train.recover.loop:Trainer._step", 3, broken, "an oversight"
@@ -76,7 +85,9 @@ def test_a_defect_is_told_once(command, tmp_path, engine, broken):
         assert job.statuses(4 * WITHIN_S) == [1, 1, 1]
         assert job.err.count("Traceback") == 1 and job.err.count("ValueError: an oversight") == 1, job.err
         last = job.err.splitlines()[-1]
-        assert last in {f"error: rank {rank} ({HOST}, pid {job.pids[rank]}) failed by the exception above" for rank in broken}
+        assert last in {
+            f"error: rank {rank} ({HOST}, pid {job.pids[rank]}) failed by the exception above" for rank in broken
+        }
     assert not (run_dir / ".lock").exists()
 
 
@@ -86,7 +97,9 @@ def children(pid: int) -> dict[int, int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                environment = dict(item.split(b"=", 1) for item in (folder / "environ").read_bytes().split(b"\0") if b"=" in item)
+                environment = dict(
+                    item.split(b"=", 1) for item in (folder / "environ").read_bytes().split(b"\0") if b"=" in item
+                )
                 found[int(environment[b"RANK"])] = int(folder.name)
         except (OSError, KeyError):
             continue
@@ -101,12 +114,16 @@ def ended(pid: int) -> bool:
 
 
 @contextmanager
-def launched(arguments: list[str], run_dir: Path, module: str = "plrd_train.torchrun") -> Iterator[tuple[subprocess.Popen, dict[int, int]]]:
+def launched(
+    arguments: list[str], run_dir: Path, module: str = "plrd_train.runtime.torchrun"
+) -> Iterator[tuple[subprocess.Popen, dict[int, int]]]:
     """The job on two ranks under torchrun, once it has trained some steps: the launcher, and its workers by rank."""
     command = [sys.executable, "-m", module, "--standalone", "--nproc_per_node", "2", "-m", "plrd_train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before = steps(run_dir)
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as launcher:
         workers: dict[int, int] = {}
         try:
             wait_for(lambda: steps(run_dir) > before + 2 or launcher.poll() is not None)
@@ -121,8 +138,8 @@ def launched(arguments: list[str], run_dir: Path, module: str = "plrd_train.torc
 
 
 def test_the_launcher(command, tmp_path):
-    """A second writer is refused on all ranks; USR1 to the launcher stops the run in order, a second interrupt ends it at once; and workers die with
-    a launcher that is killed."""
+    """A second writer is refused on all ranks; USR1 to the launcher stops the run in order, a second interrupt ends it
+    at once; and workers die with a launcher that is killed."""
     run_dir = tmp_path / "run"
     arguments = command(run_dir, *LONG)
     with launched(arguments, run_dir) as (launcher, workers):

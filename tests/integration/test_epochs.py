@@ -15,7 +15,16 @@ def test_a_corpus_smaller_than_the_budget_is_repeated(command, tmp_path, ranks):
     write_corpus(tmp_path / "text", shards=2, documents=10)
     run_dir = tmp_path / "run"
     # Two shards and two streams, so that each shard is a stream.
-    ended = run_job(ranks, command(run_dir, f"data.train={tmp_path / 'text'}", "data.streams=2", "stages.ratios=[1.25]", "evaluation.tokens=200"))
+    ended = run_job(
+        ranks,
+        command(
+            run_dir,
+            f"data.train={tmp_path / 'text'}",
+            "data.streams=2",
+            "stages.ratios=[1.25]",
+            "evaluation.tokens=200",
+        ),
+    )
     assert (ended.status, ended.err) == (0, "")
     text = [len(document.split()) for document in texts(tmp_path / "text" / "train")]
     lengths = [sum(text[:10]), sum(text[10:])]

@@ -1,4 +1,5 @@
-"""A whole family of another form than the pair of factors: on both engines, killed and resumed, published and gone on from."""
+"""A whole family of another form than the pair of factors: on both engines, killed and resumed, published and gone on
+from."""
 
 import json
 
@@ -13,7 +14,7 @@ from tiny_family import write_parent
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plrd_train  # noqa: F401, members load after it
-from plrd_train.lowrank import forms
+from plrd_train.compress import forms
 
 SETTINGS = (
     f"stages.tokens={STEPS * 128}",
@@ -26,12 +27,19 @@ SETTINGS = (
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_a_family_of_pifa_killed_in_training_and_in_publishing_ends_as_if_it_had_not_been(command, tiny, tmp_path, engine):
+def test_a_family_of_pifa_killed_in_training_and_in_publishing_ends_as_if_it_had_not_been(
+    command, tiny, tmp_path, engine
+):
     settings = (*SETTINGS, f"engine={engine}")
     finish(2, command(tmp_path / "whole", *settings))
     run_dir = tmp_path / "run"
-    for where, call in (("plrd_train.tracking.tracker:Tracker.log", STEPS + 2), ("plrd_train.hub.members:_ShardWriter.close", 0)):
-        assert run_job(2, command(run_dir, *settings, "checkpoint.tokens=256"), kill_before, where, call).status != 0, where
+    for where, call in (
+        ("plrd_train.tracking.tracker:Tracker.log", STEPS + 2),
+        ("plrd_train.publish.members:_ShardWriter.close", 0),
+    ):
+        assert run_job(2, command(run_dir, *settings, "checkpoint.tokens=256"), kill_before, where, call).status != 0, (
+            where
+        )
     finish(2, command(run_dir, *settings))
     assert same_members(run_dir, tmp_path / "whole")
     (family, found, _), (expected, wanted, _) = records(run_dir), records(tmp_path / "whole")
@@ -52,7 +60,12 @@ def test_a_family_of_pifa_killed_in_training_and_in_publishing_ends_as_if_it_had
 def test_on_another_number_of_ranks_and_in_bf16(command, tiny, tmp_path):
     write_parent(tmp_path / "parent", "qwen2", torch.bfloat16)  # with biases
     arguments = command(tmp_path / "run", *SETTINGS, f"parent.path={tmp_path / 'parent'}")
-    assert run_job(2, [*arguments, "checkpoint.tokens=256"], kill_before, "plrd_train.tracking.tracker:Tracker.log", STEPS + 2).status != 0
+    assert (
+        run_job(
+            2, [*arguments, "checkpoint.tokens=256"], kill_before, "plrd_train.tracking.tracker:Tracker.log", STEPS + 2
+        ).status
+        != 0
+    )
     finish(3, arguments)
     family = json.loads((tmp_path / "run" / "family.json").read_text())
     assert [member["world_size"] for member in family["members"]] == [2, 3]
@@ -67,13 +80,33 @@ def test_on_another_number_of_ranks_and_in_bf16(command, tiny, tmp_path):
 
 def test_a_member_of_pifa_is_a_parent(plrd_json, tiny, tmp_path):
     """Its pairs are read again, and go on to a lower rank in either form."""
-    text = ("--calibration", tiny / "corpus", "--data", tiny / "corpus", "data.seq_len=16", "factorizer.calibration_tokens=512")
-    first = plrd_json("factor", tiny / "parent", tmp_path / "first", "--method", "whitened", "--form", "pifa", "--ratio", "1.25", *text)
+    text = (
+        "--calibration",
+        tiny / "corpus",
+        "--data",
+        tiny / "corpus",
+        "data.seq_len=16",
+        "factorizer.calibration_tokens=512",
+    )
+    first = plrd_json(
+        "factor",
+        tiny / "parent",
+        tmp_path / "first",
+        "--method",
+        "whitened",
+        "--form",
+        "pifa",
+        "--ratio",
+        "1.25",
+        *text,
+    )
     member, eval_first = tmp_path / "first/members/1.25x", first["members"][0]["eval"]["ppl"]
     assert plrd_json("evaluate", member, "--data", tiny / "corpus")["ppl"] == pytest.approx(eval_first, rel=1e-6)
     for form, method in (("pifa", "refined"), ("lowrank", "svd"), ("pifa", "fisher")):
         given = text if method != "svd" else text[2:5]
-        made = plrd_json("factor", member, tmp_path / method, "--method", method, "--form", form, "--ratio", "2", *given)
+        made = plrd_json(
+            "factor", member, tmp_path / method, "--method", method, "--form", form, "--ratio", "2", *given
+        )
         (entry,) = made["members"]
         model = AutoModelForCausalLM.from_pretrained(tmp_path / method / "members/2x")
         assert made["parent"]["eval"]["ppl"] == pytest.approx(eval_first, rel=1e-5)

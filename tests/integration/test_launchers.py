@@ -1,4 +1,5 @@
-"""launch/*.sh on one machine: what they hand on, and what comes back. Several hosts: tests/cluster/test_two_hosts.py."""
+"""launch/*.sh on one machine: what they hand on, and what comes back. Several hosts:
+tests/cluster/test_two_hosts.py."""
 
 import json
 import shutil
@@ -15,7 +16,8 @@ AWKWARD = ["run_dir=a b/$HOME's *", "data.train='x, y'", 'parent.scratch.archite
 REPORT = """#!/bin/sh
 # What the launcher runs, as one object of JSON; of the snippets that ask for a free port, a port.
 [ "$1" = -c ] && echo 4711 && exit
-python3 -c 'import json, os, sys; print(json.dumps({"arguments": sys.argv[1:], "threads": os.environ["OMP_NUM_THREADS"]}))' "$@"
+python3 -c 'import json, os, sys
+print(json.dumps({"arguments": sys.argv[1:], "threads": os.environ["OMP_NUM_THREADS"]}))' "$@"
 """
 SMI = """#!/bin/sh
 for i in $(seq $GPUS); do
@@ -27,7 +29,8 @@ done
 
 @pytest.fixture
 def told(tmp_path):
-    """told(script, *arguments, **environment) -> what the script runs as `python`: its arguments, and OMP_NUM_THREADS. The machine has 16 cores."""
+    """told(script, *arguments, **environment) -> what the script runs as `python`: its arguments, and OMP_NUM_THREADS.
+    The machine has 16 cores."""
     launch, commands = tmp_path / "checkout" / "launch", tmp_path / "bin"
     shutil.copytree(LAUNCH, launch)
     commands.mkdir()
@@ -89,8 +92,13 @@ def test_deepspeed_without_ssh_takes_its_line_of_the_hostfile(told, tmp_path):
     assert ran["threads"] == "4" and "--no_ssh" in ran["arguments"]
     found = [value(ran["arguments"], flag) for flag in ("--hostfile", "--node_rank", "--master_addr", "--master_port")]
     assert found == [str(tmp_path / "hosts"), "1", "alpha", "29500"]
-    with_ssh = told("deepspeed.sh", "x=1", HOSTFILE=str(tmp_path / "hosts"), MASTER="10.0.0.1", PORT="5", OMP_NUM_THREADS="1")["arguments"]
-    assert "--no_ssh" not in with_ssh and [value(with_ssh, flag) for flag in ("--master_addr", "--master_port")] == ["10.0.0.1", "5"]
+    with_ssh = told(
+        "deepspeed.sh", "x=1", HOSTFILE=str(tmp_path / "hosts"), MASTER="10.0.0.1", PORT="5", OMP_NUM_THREADS="1"
+    )["arguments"]
+    assert "--no_ssh" not in with_ssh and [value(with_ssh, flag) for flag in ("--master_addr", "--master_port")] == [
+        "10.0.0.1",
+        "5",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,10 @@ def free_port() -> int:
 
 def test_torchrun_on_one_node(command, tmp_path):
     with launched(
-        [LAUNCH / "torchrun.sh", *command(tmp_path / "ein kürzerer Lauf", SHORT)], NNODES=1, NPROC=2, RDZV=f"{socket.gethostname()}:{free_port()}"
+        [LAUNCH / "torchrun.sh", *command(tmp_path / "ein kürzerer Lauf", SHORT)],
+        NNODES=1,
+        NPROC=2,
+        RDZV=f"{socket.gethostname()}:{free_port()}",
     ) as run:
         assert run.status() == 0, run.err
     assert run_job(2, command(tmp_path / "expected", SHORT)).status == 0
@@ -125,15 +136,20 @@ def test_torchrun_on_one_node(command, tmp_path):
 
 
 def test_hosts_that_do_not_meet():
-    with launched([LAUNCH / "torchrun.sh", "x=1"], NNODES=2, NPROC=1, RDZV="nowhere.invalid", PET_RDZV_CONF="read_timeout=1") as run:
+    with launched(
+        [LAUNCH / "torchrun.sh", "x=1"], NNODES=2, NPROC=1, RDZV="nowhere.invalid", PET_RDZV_CONF="read_timeout=1"
+    ) as run:
         assert run.status() == 2
         (line,) = [line for line in run.err.splitlines() if line.startswith("error: ")]
         assert "2 hosts do not meet at nowhere.invalid" in line and "Traceback" not in run.err
 
 
 def test_a_mistake_comes_back_as_its_line_and_status(command, tmp_path):
-    left_over = {"RANK": "7", "WORLD_SIZE": "", "LOCAL_RANK": "x", "MASTER_ADDR": "nowhere.invalid"}  # the launcher sets its own
-    with launched([LAUNCH / "local.sh", *command(tmp_path / "run", "data.train=/no/where")], NPROC=1, **left_over) as run:
+    # The launcher sets its own.
+    left_over = {"RANK": "7", "WORLD_SIZE": "", "LOCAL_RANK": "x", "MASTER_ADDR": "nowhere.invalid"}
+    with launched(
+        [LAUNCH / "local.sh", *command(tmp_path / "run", "data.train=/no/where")], NPROC=1, **left_over
+    ) as run:
         assert run.status() == 2
         (line,) = run.err.splitlines()
         assert line.startswith("error: ") and "/no/where" in line
@@ -141,8 +157,14 @@ def test_a_mistake_comes_back_as_its_line_and_status(command, tmp_path):
 
 def test_deepspeed_is_asked_to_stop_through_its_script(command, tmp_path):
     run_dir = tmp_path / "run"
-    with launched([LAUNCH / "deepspeed.sh", *command(run_dir, "engine=zero3")], NPROC=2, RANK="7", WORLD_SIZE="9") as run:
-        run.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len((run_dir / "metrics.jsonl").read_text().splitlines()) > 2)
+    with launched(
+        [LAUNCH / "deepspeed.sh", *command(run_dir, "engine=zero3")], NPROC=2, RANK="7", WORLD_SIZE="9"
+    ) as run:
+        run.wait_until(
+            lambda: (
+                (run_dir / "metrics.jsonl").exists() and len((run_dir / "metrics.jsonl").read_text().splitlines()) > 2
+            )
+        )
         run.process.send_signal(signal.SIGUSR1)
         assert run.status() == 75, run.err
         assert run.out.count("the same command goes on from there") == 1

@@ -35,37 +35,53 @@ def test_a_family_by_each_method(command, tmp_path, method):
         for entry, other in zip(found, alone, strict=True):
             rel = 1e-2 if method == "refined" else 2e-3  # refined trains its blocks, too, which amplifies rounding
             assert entry["eval"]["ppl"] == pytest.approx(other["eval"]["ppl"], rel=rel)
-        assert found[0]["eval_factored"]["ppl"] == pytest.approx(alone[0]["eval_factored"]["ppl"], rel=1e-4)  # before any training
+        # Before any training.
+        assert found[0]["eval_factored"]["ppl"] == pytest.approx(alone[0]["eval_factored"]["ppl"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("method", "ranks"),
-    [("whitened", "energy"), pytest.param("whitened", "uniform", marks=SLOW), ("refined", "uniform"), pytest.param("rom", "energy", marks=SLOW)],
+    [
+        ("whitened", "energy"),
+        pytest.param("whitened", "uniform", marks=SLOW),
+        ("refined", "uniform"),
+        pytest.param("rom", "energy", marks=SLOW),
+    ],
 )
 def test_a_run_that_was_killed_while_it_factored_goes_on_with_what_it_had_kept(command, tmp_path, method, ranks):
     undisturbed = family(command, tmp_path / "undisturbed", 2, method, f"ranks={ranks}", "stages.ratios=[1.6]")
     arguments = command(
-        tmp_path / "killed", f"factorizer={method}", "factorizer.calibration_tokens=700", "stages.tokens=512", "evaluation.tokens=500"
+        tmp_path / "killed",
+        f"factorizer={method}",
+        "factorizer.calibration_tokens=700",
+        "stages.tokens=512",
+        "evaluation.tokens=500",
     )
     arguments += [f"ranks={ranks}", "stages.ratios=[1.6]"]
-    assert run_job(2, arguments, kill_before, "plrd_train.recover.kept:KeptFactors.put", 5).status == -9
+    assert run_job(2, arguments, kill_before, "plrd_train.compress.kept:KeptFactors.put", 5).status == -9
     assert len(list((tmp_path / "killed" / "factors").iterdir())) >= 5
     found = family(command, tmp_path / "killed", 2, method, f"ranks={ranks}", "stages.ratios=[1.6]")
     assert [{**entry, "seconds": None} for entry in found] == [{**entry, "seconds": None} for entry in undisturbed]
     assert not (tmp_path / "killed" / "factors").exists()
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("refined", "energy"), pytest.param("rom", "sensitivity", marks=SLOW), ("svd", "sensitivity")])
+@pytest.mark.parametrize(
+    ("method", "ranks"), [("refined", "energy"), pytest.param("rom", "sensitivity", marks=SLOW), ("svd", "sensitivity")]
+)
 def test_ranks_by_spectra_serve_every_method(command, tmp_path, method, ranks):
     texts = {"factorizer.calibration_tokens": 700} if method != "svd" else {}
     texts |= {"ranks.tokens": 500} if ranks == "sensitivity" else {}
-    arguments = command(tmp_path / "run", f"factorizer={method}", f"ranks={ranks}", "stages.tokens=512", "evaluation.tokens=500")
+    arguments = command(
+        tmp_path / "run", f"factorizer={method}", f"ranks={ranks}", "stages.tokens=512", "evaluation.tokens=500"
+    )
     ended = run_job(2, [*arguments, *(f"{key}={tokens}" for key, tokens in texts.items())])
     assert (ended.status, ended.err) == (0, "")
     for entry in json.loads((tmp_path / "run" / "family.json").read_text())["members"]:
         assert entry["ratio_requested"] <= entry["ratio"] < 1.03 * entry["ratio_requested"]
-        assert len(entry["ranks"]) < 14 or len(set(entry["ranks"].values())) > 2  # uniform: all of them, and one rank for each of two shapes
-    assert sorted(calibration(tmp_path / "run")) == sorted(2 * [tokens // 16 * 16 for tokens in texts.values()])  # each read once a stage
+        # Uniform: all of them, and one rank for each of two shapes.
+        assert len(entry["ranks"]) < 14 or len(set(entry["ranks"].values())) > 2
+    # Each read once a stage.
+    assert sorted(calibration(tmp_path / "run")) == sorted(2 * [tokens // 16 * 16 for tokens in texts.values()])
 
 
 def test_calibration_text_of_less_than_a_sequence_is_refused(command, tmp_path):

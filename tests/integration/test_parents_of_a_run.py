@@ -43,14 +43,22 @@ def test_a_revision_is_pinned_to_its_commit(command, hub, tmp_path):
         again = start(revision)
         assert (again.status, again.err, revision) == (0, "", revision) and pinned() == COMMITS["v1"]
     other = start("v2", "stages.ratios=[1.5,2]")
-    assert other.status == 2 and other.err.startswith("error: parent.revision") and COMMITS["v1"] in other.err and COMMITS["v2"] in other.err
+    assert (
+        other.status == 2
+        and other.err.startswith("error: parent.revision")
+        and COMMITS["v1"] in other.err
+        and COMMITS["v2"] in other.err
+    )
     (hub / "models--owner--tiny" / "refs" / "v1").write_text(COMMITS["v2"])  # the tag has moved since
     moved = start("v1", "stages.ratios=[1.5,2]")
     assert moved.status == 2 and moved.err == other.err
 
 
 def scratch(tiny: Path, run_dir: Path, *overrides: str) -> list[str]:
-    llama = "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, tie_word_embeddings: true}"
+    llama = (
+        "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: "
+        "4, tie_word_embeddings: true}"
+    )
     own = f"{{architecture: {llama}, tokenizer: {tiny / 'parent'}, vocab_size: 64, tokens: 768, lr: 1e-2}}"
     return ["parent.path=" + str(run_dir / "parent"), f"+parent.scratch={own}", *SHORT, *overrides]
 
@@ -96,11 +104,18 @@ def test_a_parent_from_scratch_is_a_plain_model_and_is_kept(command, tiny, tmp_p
 def test_a_parent_from_scratch_is_annealed_where_a_branch_is_asked_for(command, tiny, tmp_path):
     """Three steps of trunk and three of a branch are not three steps of trunk."""
     weights = {}
-    for name, changed in (("branch", ("recover.branch=0.5",)), ("trunk", ("recover.branch=0", "parent.scratch.tokens=384"))):
+    for name, changed in (
+        ("branch", ("recover.branch=0.5",)),
+        ("trunk", ("recover.branch=0", "parent.scratch.tokens=384")),
+    ):
         run_dir = tmp_path / name
-        ended = run_job(1, command(run_dir, *scratch(tiny, run_dir, "recover.schedule=constant", "recover.warmup=0", *changed)))
+        ended = run_job(
+            1, command(run_dir, *scratch(tiny, run_dir, "recover.schedule=constant", "recover.warmup=0", *changed))
+        )
         assert (ended.status, ended.err) == (0, "")
         weights[name] = load_file(run_dir / "parent" / "model.safetensors")
-    losses = {name: [row["train/loss"] for row in rows(tmp_path / name / "scratch" / "metrics.jsonl")] for name in weights}
+    losses = {
+        name: [row["train/loss"] for row in rows(tmp_path / name / "scratch" / "metrics.jsonl")] for name in weights
+    }
     assert losses["branch"][:3] == losses["trunk"] and len(losses["branch"]) == 6
     assert any((weights["branch"][name] != tensor).any() for name, tensor in weights["trunk"].items())

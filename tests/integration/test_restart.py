@@ -19,9 +19,15 @@ def records(run_dir: Path) -> tuple[dict, list[dict], list[dict]]:
     """family.json, metrics.jsonl and events.jsonl without what is measured by the clock."""
     family = json.loads((run_dir / "family.json").read_text())
     family["members"] = [{**member, "seconds": sorted(member["seconds"])} for member in family["members"]]
-    metrics, events = ([json.loads(line) for line in (run_dir / name).read_text().splitlines()] for name in ("metrics.jsonl", "events.jsonl"))
+    metrics, events = (
+        [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "events.jsonl")
+    )
     timed = ("perf/tokens_per_s", "perf/memory_gib", "factor/seconds")
-    return family, *([{name: value for name, value in row.items() if name not in timed} for row in rows] for rows in (metrics, events))
+    return family, *(
+        [{name: value for name, value in row.items() if name not in timed} for row in rows]
+        for rows in (metrics, events)
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -31,7 +37,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def same_members(one: Path, other: Path) -> bool:
     """Bit by bit; the cards name their run_dirs, and differ."""
     left, right = files(one / "members"), files(other / "members")
-    return left.keys() == right.keys() and all(right[name] == content for name, content in left.items() if not name.endswith("README.md"))
+    return left.keys() == right.keys() and all(
+        right[name] == content for name, content in left.items() if not name.endswith("README.md")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,10 @@ def finish(ranks: int, arguments: list[str]) -> str:
 @pytest.fixture(scope="module")
 def killed_in_stage_2(command, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("killed") / "run"
-    assert run_job(2, command(run_dir, SHORT), kill_before, "plrd_train.tracking.tracker:Tracker.log", STEPS + 3).status == -9
+    assert (
+        run_job(2, command(run_dir, SHORT), kill_before, "plrd_train.tracking.tracker:Tracker.log", STEPS + 3).status
+        == -9
+    )
     assert len(records(run_dir)[1]) == STEPS + 3
     return run_dir
 
@@ -86,10 +97,10 @@ KILLS = [
     ("plrd_train.family:Family.write", 0, None),
     ("plrd_train.tracking.tracker:Tracker.log", STEPS // 2, []),
     ("plrd_train.recover.checkpoint:Checkpoints._make_visible", 0, []),
-    ("plrd_train.hub.members:write_member", 0, []),
+    ("plrd_train.publish.members:write_member", 0, []),
     ("plrd_train.tracking.tracker:Tracker.log", STEPS - 1, ["1.25x"]),  # in the branch
     ("plrd_train.recover.checkpoint:Checkpoints._tidy", 1, ["1.25x"]),  # the new checkpoint is there
-    ("plrd_train.hub.members:_ShardWriter.close", 0, ["1.25x"]),
+    ("plrd_train.publish.members:_ShardWriter.close", 0, ["1.25x"]),
     ("plrd_train.family:Family.write", 0, ["1.25x"]),
     ("plrd_train.run:write_report", 0, ["1.25x", "1.6x"]),
 ]
@@ -105,7 +116,9 @@ def survivor(command, tmp_path_factory) -> Path:
         if listed is None:
             assert not (run_dir / "family.json").exists() and not members
         else:
-            assert [member["name"] for member in records(run_dir)[0]["members"]] == listed and members >= set(listed), where
+            assert [member["name"] for member in records(run_dir)[0]["members"]] == listed and members >= set(listed), (
+                where
+            )
         if "_tidy" in where:
             there = {path.name for path in (run_dir / "checkpoints").iterdir()}
             assert there == {"latest", f"step-{STEPS:08d}-stage-1", f"step-{2 * STEPS:08d}-stage-2"}
@@ -149,8 +162,14 @@ def test_a_run_goes_on_where_home_is_spelled_otherwise(command, tiny, tmp_path):
         (tmp_path / name).symlink_to(tiny / name)
     written = {}
     for home in ("~", tmp_path):
-        paths = (f"parent.path='{home}/parent'", f"data.train='{home}/corpus'", f"data.validation='{home}/corpus/train'")
-        ended = run_job(1, command(Path(f"'{home}/run'"), *paths, "stages.ratios=[1.25]", "stages.tokens=256"), at_home, tmp_path)
+        paths = (
+            f"parent.path='{home}/parent'",
+            f"data.train='{home}/corpus'",
+            f"data.validation='{home}/corpus/train'",
+        )
+        ended = run_job(
+            1, command(Path(f"'{home}/run'"), *paths, "stages.ratios=[1.25]", "stages.tokens=256"), at_home, tmp_path
+        )
         assert (ended.status, ended.err) == (0, "")
         assert ended.out.count("note: trained on as well as evaluated on: 3 of 3 shards") == 1
         written[home] = files(tmp_path / "run")
@@ -164,7 +183,9 @@ def test_one_more_ratio_adds_its_member_and_touches_no_other(command, undisturbe
     members, (family, metrics, _) = files(survivor / "members"), records(survivor)
     finish(1, command(survivor, SHORT, *BRANCH, three))
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    assert {name: content for name, content in files(survivor / "members").items() if not name.startswith("2x/")} == members
+    assert {
+        name: content for name, content in files(survivor / "members").items() if not name.startswith("2x/")
+    } == members
     extended, more, _ = records(survivor)
     assert extended["members"][:2] == family["members"] and extended["parent"] == family["parent"]
     assert [member["name"] for member in extended["members"][2:]] == ["2x"] and more[: len(metrics)] == metrics
@@ -178,12 +199,18 @@ def test_the_member_of_a_branch_is_annealed_and_the_trunk_goes_on(command, undis
     finish(1, command(run_dir, SHORT, *BRANCH, "stages.ratios=[1.25]", "recover.schedule=constant"))
     (file,) = (run_dir / "checkpoints" / f"step-{STEPS:08d}-stage-1").glob("*.safetensors")
     tensors = load_file(file)
-    trunk, member = ({name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(part)} for part in ("model/", "member/"))
+    trunk, member = (
+        {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(part)}
+        for part in ("model/", "member/")
+    )
     published = load_file(run_dir / "members" / "1.25x" / "model.plrd.safetensors")
-    assert published.keys() == member.keys() and all((published[name] == tensor).all() for name, tensor in member.items())
+    assert published.keys() == member.keys() and all(
+        (published[name] == tensor).all() for name, tensor in member.items()
+    )
     assert any((trunk[name] != tensor).any() for name, tensor in member.items())
     rates = [row["train/lr"] for row in records(run_dir)[1]]
-    assert rates[1] == rates[3] > rates[4] > rates[5] > 0  # the trunk's rate stays, the branch's falls, and no step is wasted at zero
+    # The trunk's rate stays, the branch's falls, and no step is wasted at zero.
+    assert rates[1] == rates[3] > rates[4] > rates[5] > 0
 
     finish(1, command(run_dir, SHORT, *BRANCH, "recover.schedule=constant"))
     family, metrics, events = records(run_dir)

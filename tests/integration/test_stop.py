@@ -1,4 +1,5 @@
-"""A run that is asked to stop saves where it is, says so once, ends with status 75, and ends as if nothing had happened when it goes on."""
+"""A run that is asked to stop saves where it is, says so once, ends with status 75, and ends as if nothing had happened
+when it goes on."""
 
 import signal
 
@@ -7,9 +8,16 @@ from faults import kill_before, signal_before, touch_before
 from processes import run_job
 from test_restart import SHORT, STEPS, records, same_members
 
-LOG, STEP, EVALUATE = "plrd_train.tracking.tracker:Tracker.log", "plrd_train.recover.loop:Trainer._step", "plrd_train.run:Run.evaluate"
+LOG, STEP, EVALUATE = (
+    "plrd_train.tracking.tracker:Tracker.log",
+    "plrd_train.recover.loop:Trainer._step",
+    "plrd_train.run:Run.evaluate",
+)
 BRANCH = "recover.branch=0.67"  # four steps of the six
-SLOW = [pytest.param(engine, overrides, marks=pytest.mark.slow) for engine, overrides in (("zero3", ["engine.dtype=bf16"]), ("fsdp", []))]
+SLOW = [
+    pytest.param(engine, overrides, marks=pytest.mark.slow)
+    for engine, overrides in (("zero3", ["engine.dtype=bf16"]), ("fsdp", []))
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,11 @@ def test_by_the_file_in_run_dir(command, undisturbed, tmp_path, engine, override
     assert same_members(run_dir, expected) and records(run_dir) == records(expected)
 
 
-@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGINT), (signal.SIGUSR1, signal.SIGHUP)], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGTERM, signal.SIGINT), (signal.SIGUSR1, signal.SIGHUP)],
+    ids=lambda number: number.name,
+)
 def test_by_a_signal_to_any_rank(command, undisturbed, tmp_path, first, second):
     """In the middle of the first stage, and again in that of the second."""
     run_dir, done = tmp_path / "run", 0
@@ -118,11 +130,15 @@ def test_a_parent_that_is_trained_from_scratch(command, tmp_path):
         "parent=scratch",
         "parent.scratch.tokens=768",
         "parent.scratch.vocab_size=272",
-        "parent.scratch.architecture={model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4}",
+        "parent.scratch.architecture={model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: "
+        "2, num_attention_heads: 4}",
         "stages.ratios=[1.25]",
         SHORT,
     ]
-    arguments = {name: [key for key in command(tmp_path / name, *scratch) if not key.startswith("parent.path")] for name in ("one", "two")}
+    arguments = {
+        name: [key for key in command(tmp_path / name, *scratch) if not key.startswith("parent.path")]
+        for name in ("one", "two")
+    }
     assert run_job(2, arguments["one"]).status == 0
     stopped(2, arguments["two"], signal_before, STEP, 2, signal.SIGTERM)
     assert not (tmp_path / "two" / "parent").exists()

@@ -1,4 +1,5 @@
-"""`--multirun`: points one after the other in the ranks that are there, or each a job of its own with a torchrun of its own."""
+"""`--multirun`: points one after the other in the ranks that are there, or each a job of its own with a torchrun of its
+own."""
 
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from omegaconf import OmegaConf
 from processes import run_job
 from test_restart import SHORT, same_members
 
+from plrd_train.config.sweep import PointError, is_for_jobs, points, run_point, submit
 from plrd_train.errors import UserError
-from plrd_train.sweep import PointError, is_for_jobs, points, run_point, submit
 
 ONE_STAGE = (SHORT, "stages.ratios=[1.25]")
 
@@ -20,13 +21,21 @@ def test_points_in_the_present_ranks(command, tmp_path):
     ended = run_job(2, arguments)
     assert (ended.status, ended.err) == (0, "")
     assert run_job(2, command(tmp_path / "alone", *ONE_STAGE, "seed=1")).status == 0
-    assert same_members(tmp_path / "seed-1", tmp_path / "alone") and not same_members(tmp_path / "seed-0", tmp_path / "alone")
+    assert same_members(tmp_path / "seed-1", tmp_path / "alone") and not same_members(
+        tmp_path / "seed-0", tmp_path / "alone"
+    )
 
 
 def test_points_as_jobs(command, tiny, tmp_path, monkeypatch):
-    """One of them finds its corpus gone: the other is made nevertheless, and the sweep says which failed, and where to read why."""
+    """One of them finds its corpus gone: the other is made nevertheless, and the sweep says which failed, and where to
+    read why."""
     monkeypatch.chdir(tmp_path)
-    sweep = ["--multirun", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=30", f"data.train=/no/where,{tiny / 'corpus'}"]
+    sweep = [
+        "--multirun",
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.timeout_min=30",
+        f"data.train=/no/where,{tiny / 'corpus'}",
+    ]
     arguments = command(tmp_path / "Größter Lauf ${hydra:job.num}", *ONE_STAGE, *sweep)
     with launched([sys.executable, "-m", "plrd_train", *arguments], NPROC=1, OMP_NUM_THREADS=1) as run:
         assert run.status() == 2
@@ -39,7 +48,14 @@ def test_points_as_jobs(command, tiny, tmp_path, monkeypatch):
     assert same_members(tmp_path / "Größter Lauf 1", tmp_path / "alone")
 
 
-TWO = ("experiment=tinystories", "parent.path=p", "data.train=t", "data.validation=v", "--multirun", "recover.lr=1e-3,2e-3")
+TWO = (
+    "experiment=tinystories",
+    "parent.path=p",
+    "data.train=t",
+    "data.validation=v",
+    "--multirun",
+    "recover.lr=1e-3,2e-3",
+)
 
 
 def test_points_are_told_apart_by_their_run_dirs():
@@ -65,8 +81,13 @@ def test_hydra_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_which_launchers_submit_jobs():
-    assert [is_for_jobs([argument]) for argument in ("hydra/launcher=submitit_slurm", "+hydra/launcher=mine", "hydra.launcher.nodes=2")] == [True] * 3
-    assert [is_for_jobs([argument]) for argument in ("hydra/launcher=basic", "seed=0", "hydra.verbose=true", "--multirun")] == [False] * 4
+    assert [
+        is_for_jobs([argument])
+        for argument in ("hydra/launcher=submitit_slurm", "+hydra/launcher=mine", "hydra.launcher.nodes=2")
+    ] == [True] * 3
+    assert [
+        is_for_jobs([argument]) for argument in ("hydra/launcher=basic", "seed=0", "hydra.verbose=true", "--multirun")
+    ] == [False] * 4
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,28 @@ import plrd_train  # noqa: F401, members load after it
 
 RATIOS = [1.25, 1.5, 1.85, 2.25]
 TOKENS, BATCH, SEQ_LEN, EVALUATED = 8192, 1024, 128, 3000
-MEMBER_KEYS = {"name", "ratio_requested", "ratio", "params", "linear_params", "ranks", "tokens_stage", "tokens_total", "tokens_lineage"}
+MEMBER_KEYS = {
+    "name",
+    "ratio_requested",
+    "ratio",
+    "params",
+    "linear_params",
+    "ranks",
+    "tokens_stage",
+    "tokens_total",
+    "tokens_lineage",
+}
 MEMBER_KEYS |= {"eval_factored", "eval", "path", "made_from", "engine", "world_size", "seconds"}
-STEP_METRICS = {"train/loss", "train/lr", "train/grad_norm", "tokens/stage", "tokens/total", "tokens/budget", "stage/index", "stage/ratio"}
+STEP_METRICS = {
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "tokens/stage",
+    "tokens/total",
+    "tokens/budget",
+    "stage/index",
+    "stage/ratio",
+}
 STEP_METRICS |= {"perf/tokens_per_s", "perf/memory_gib"}
 
 
@@ -111,7 +130,10 @@ def test_recovery_recovers(family):
 
 def test_perplexities_are_those_of_plain_transformers(family, parent, corpus, run_dir):
     tokenizer = AutoTokenizer.from_pretrained(parent)
-    for found, folder in [(family["parent"], parent), *((member, run_dir / member["path"]) for member in family["members"])]:
+    for found, folder in [
+        (family["parent"], parent),
+        *((member, run_dir / member["path"]) for member in family["members"]),
+    ]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         expected, tokens = perplexity(model, tokenizer, corpus / "validation", context=256, tokens=EVALUATED)
         assert found["eval"]["ppl"] == pytest.approx(expected, rel=1e-4)
@@ -121,7 +143,9 @@ def test_perplexities_are_those_of_plain_transformers(family, parent, corpus, ru
 def test_members_bring_the_parents_tokenizer(family, parent, corpus, run_dir):
     text = "Once upon a time, there was a little girl named Lily."
     for member in family["members"]:
-        assert AutoTokenizer.from_pretrained(run_dir / member["path"])(text) == AutoTokenizer.from_pretrained(parent)(text)
+        assert AutoTokenizer.from_pretrained(run_dir / member["path"])(text) == AutoTokenizer.from_pretrained(parent)(
+            text
+        )
 
 
 def test_token_counts(family):
@@ -162,6 +186,7 @@ def test_the_report_and_the_config_are_there(made):
     for name in ("family.png", "losses.png"):
         assert (run_dir / "report" / name).read_bytes().startswith(b"\x89PNG")
     page = (run_dir / "report" / "report.html").read_text()
-    assert "2.25x" in page and 'src="data:image/png;base64' in page and not re.search(r"(src|href)=\W*http", page)  # it needs nothing beside it
+    # It needs nothing beside it.
+    assert "2.25x" in page and 'src="data:image/png;base64' in page and not re.search(r"(src|href)=\W*http", page)
     assert (run_dir / "config.yaml").is_file()
     assert str(run_dir / "report" / "family.png") in said and "2.25x" in said

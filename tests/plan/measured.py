@@ -25,7 +25,8 @@ PHASES = {
 
 
 def watch(rank: int, folder: Path, phases: int) -> None:
-    """Write the peaks of the first `phases` phases of this rank to the file `folder/RANK`, and leave with all others: for `processes.run_job`."""
+    """Write the peaks of the first `phases` phases of this rank to the file `folder/RANK`, and leave with all others:
+    for `processes.run_job`."""
     map_tensors()
     file = folder / str(rank)
     file.touch()
@@ -42,7 +43,8 @@ def _watched(function: Callable[..., Any], phase: str, file: Path, phases: int) 
         with file.open("a") as out:
             out.write(json.dumps([phase, peak]) + "\n")
         if _lines(file) == phases:
-            while any(_lines(other) < phases for other in file.parent.iterdir()):  # a rank that goes takes the others with it
+            # A rank that goes takes the others with it.
+            while any(_lines(other) < phases for other in file.parent.iterdir()):
                 time.sleep(0.05)
             os._exit(0)
         return result
@@ -58,9 +60,11 @@ def map_tensors() -> None:
 
 
 def measured(run: Callable[[], Any]) -> tuple[Any, int]:
-    """What `run` returns, and the most bytes of tensors that this process held at once meanwhile, all of them made after `map_tensors`.
+    """What `run` returns, and the most bytes of tensors that this process held at once meanwhile, all of them made
+    after `map_tensors`.
 
-    That is the resident memory at its highest (VmHWM, which is reset before), less what is no tensor at the end: code, and what libraries keep.
+    That is the resident memory at its highest (VmHWM, which is reset before), less what is no tensor at the end: code,
+    and what libraries keep.
     """
     libc = ctypes.CDLL(None)
     gc.collect()
@@ -74,8 +78,13 @@ def measured(run: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def _live() -> int:
-    """Bytes of all tensors, each storage once. By type(): isinstance would ask the lazy modules of libraries, which takes seconds."""
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and not issubclass(type(t), DTensor) and not t.is_meta]
+    """Bytes of all tensors, each storage once. By type(): isinstance would ask the lazy modules of libraries, which
+    takes seconds."""
+    tensors = [
+        t
+        for t in gc.get_objects()
+        if issubclass(type(t), Tensor) and not issubclass(type(t), DTensor) and not t.is_meta
+    ]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -11,13 +11,14 @@ from tiny_family import write_corpus
 from tiny_parents import save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from plrd_train.cli import main
+from plrd_train.commands.cli import main
 
 WITHIN = 0.15
 # Whitening is planned with the eigendecomposition that it falls back on. Here Cholesky's factor exists, and takes less.
 FALLBACK = 0.4
 CHECKPOINTED = "engine.activation_checkpointing=true"
-ZERO3 = "engine=zero3 engine.reduce_bucket_size=2000000 engine.prefetch_bucket_size=2000000"  # pages that nobody touches take no memory
+# pages that nobody touches take no memory
+ZERO3 = "engine=zero3 engine.reduce_bucket_size=2000000 engine.prefetch_bucket_size=2000000"
 TEXT = "factorizer.calibration_tokens=1024 factorizer"
 FIRST = ["evaluate", "factor", "rebuild", "evaluate", "recover", "evaluate", "publish"]  # stage: from the dense parent
 TWO_STAGES = [*FIRST, "factor", "rebuild", "evaluate", "recover"]  # from the factored trunk, with its optimizer
@@ -57,10 +58,17 @@ def test_what_the_measurement_is_worth():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with a `corpus`, a `parent` of 64 MB, so large that its tensors dominate, and `parent_bf16`, its half."""
+    """A folder with a `corpus`, a `parent` of 64 MB, so large that its tensors dominate, and `parent_bf16`, its
+    half."""
     folder = tmp_path_factory.mktemp("planned")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=4000, tie_word_embeddings=False))
     for name, dtype in (("parent", torch.float32), ("parent_bf16", torch.bfloat16)):
         model.to(dtype).save_pretrained(folder / name)
@@ -93,7 +101,8 @@ def job(world: Path, run_dir: Path, ranks: int, overrides: str) -> list[str]:
 
 
 def planned(arguments: list[str], ranks: int, capsys) -> list[tuple[str, float, float]]:
-    """(phase, bytes, bytes of a checkpoint that may be written meanwhile) in the order of the run; on a CPU device and host are one."""
+    """(phase, bytes, bytes of a checkpoint that may be written meanwhile) in the order of the run; on a CPU device and
+    host are one."""
     capsys.readouterr()
     assert main(["plan", *arguments, "--device", "cpu", "--world-size", str(ranks), "--json"]) == 0
     made: list[tuple[str, float, float]] = []
@@ -112,11 +121,21 @@ RUNS = [
     pytest.param(2, f"{ZERO3} {CHECKPOINTED}", [*INTO_THE_SECOND, "rebuild"], id="zero3-2-checkpointed"),
     pytest.param(2, CHECKPOINTED, TWO_STAGES, id="fsdp-2-checkpointed", marks=pytest.mark.slow),
     pytest.param(1, ZERO3, TWO_STAGES, id="zero3-1", marks=pytest.mark.slow),
-    pytest.param(2, "engine.dtype=bf16 parent.path=PARENTS/parent_bf16", TWO_STAGES, id="fsdp-2-bf16", marks=pytest.mark.slow),
-    pytest.param(2, f"{ZERO3} engine.dtype=bf16 parent.path=PARENTS/parent_bf16", TWO_STAGES, id="zero3-2-bf16", marks=pytest.mark.slow),
+    pytest.param(
+        2, "engine.dtype=bf16 parent.path=PARENTS/parent_bf16", TWO_STAGES, id="fsdp-2-bf16", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        2,
+        f"{ZERO3} engine.dtype=bf16 parent.path=PARENTS/parent_bf16",
+        TWO_STAGES,
+        id="zero3-2-bf16",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(4, "engine.replicas=2", INTO_THE_SECOND, id="fsdp-2x2", marks=pytest.mark.slow),
     pytest.param(2, f"{ZERO3} {TEXT}=whitened", INTO_THE_SECOND, id="zero3-2-whitened", marks=pytest.mark.slow),
-    pytest.param(1, f"{TEXT}=whitened ranks=energy", INTO_THE_SECOND, id="fsdp-1-whitened-energy", marks=pytest.mark.slow),
+    pytest.param(
+        1, f"{TEXT}=whitened ranks=energy", INTO_THE_SECOND, id="fsdp-1-whitened-energy", marks=pytest.mark.slow
+    ),
     pytest.param(1, f"{TEXT}=asvd", INTO_THE_SECOND, id="fsdp-1-asvd", marks=pytest.mark.slow),
     pytest.param(2, f"{TEXT}=fisher", INTO_THE_SECOND, id="fsdp-2-fisher", marks=pytest.mark.slow),
     pytest.param(2, f"{TEXT}=rom", INTO_THE_SECOND, id="fsdp-2-rom", marks=pytest.mark.slow),
@@ -134,11 +153,15 @@ def test_the_memory_of_a_run_is_as_planned(world, tmp_path, capsys, ranks, overr
     assert [name for name, _, _ in expected][: len(phases)] == phases
     for i, (name, said, saving) in enumerate(expected[: len(phases)]):
         peak = max(peaks[i][1] for peaks in found)
-        saves = i and phases[i - 1] == "recover"  # the end of the stage, in the background: how much of both meets is a matter of chance
+        # The end of the stage, in the background: how much of both meets is a matter of chance.
+        saves = i and phases[i - 1] == "recover"
         if saves:
             said = min(max(said, peak), said + saving)
         above = FALLBACK if name == "factor" and ("whitened" in overrides or "rom" in overrides) else WITHIN
-        print(f"{i} {name}: measured {peak / 1e6:.1f} MB, planned {said / 1e6:.1f} MB, {'while saving' if saves else f'{said / peak - 1:+.1%}'}")
+        print(
+            f"{i} {name}: measured {peak / 1e6:.1f} MB, planned {said / 1e6:.1f} MB, "
+            f"{'while saving' if saves else f'{said / peak - 1:+.1%}'}"
+        )
         if not (1 - WITHIN) * peak <= said <= (1 + above) * peak:
             wrong.append(f"phase {i}, {name}: measured {peak}, planned {said}")
     assert not wrong

@@ -1,4 +1,5 @@
-"""A trace on the meta device against what PyTorch's allocator really gave for the same model and the same text on a CPU."""
+"""A trace on the meta device against what PyTorch's allocator really gave for the same model and the same text on a
+CPU."""
 
 import copy
 
@@ -7,24 +8,28 @@ import torch
 from tiny_parents import CONFIGS, VOCABULARY
 from torch.profiler import ProfilerActivity, profile
 
-from plrd_train.hub.models import build_model
+from plrd_train.parents.models import build_model
 from plrd_train.plan.trace import computing_in, trace_evaluation, trace_step
 from plrd_train.recover.objectives.ce import Objective
 
 SHAPE = (4, 48)
-# The attention kernel of a CPU lays its output out head by head, which costs a copy that no GPU makes; it shows in models as small as these.
+# The attention kernel of a CPU lays its output out head by head, which costs a copy that no GPU makes; it shows in
+# models as small as these.
 WITHIN = 0.1
 
 
 def allocated(model, run) -> int:
-    """The most bytes that lived at once while `run()` ran, beside what lived before; gradients of parameters are dropped once complete."""
+    """The most bytes that lived at once while `run()` ran, beside what lived before; gradients of parameters are
+    dropped once complete."""
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     run()  # what is made once and kept
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     live = peak = 0
-    for event in sorted((e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         live += event.nbytes()
         peak = max(peak, live)
     return peak
@@ -39,7 +44,9 @@ def models(architecture):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["whole", "checkpointed"])
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied_scaled_rope", "mistral", "qwen2", "gemma", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "llama_tied_scaled_rope", "mistral", "qwen2", "gemma", "gemma2", "gpt_neox"]
+)
 def test_a_training_step_holds_as_much_as_its_trace(architecture, checkpointed):
     real, meta = models(architecture)
     for model in (real, meta):

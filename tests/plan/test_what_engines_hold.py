@@ -8,8 +8,8 @@ from engine.sharded import OPTIMIZER, logits, opened
 from processes import run_ranks
 
 from plrd_train.engine import options
-from plrd_train.hub.models import build_model
-from plrd_train.hub.parents import load_config, open_parent
+from plrd_train.parents.models import build_model
+from plrd_train.parents.parent import load_config, open_parent
 from plrd_train.plan.phases import memory_of
 from plrd_train.plan.structure import Parameter, Structure
 from plrd_train.plan.trace import trace_step
@@ -19,7 +19,8 @@ IDS = torch.arange(3, 43).view(2, 20)
 
 
 def gathered_at_the_loss(world, folder, evaluated):
-    """The parameters that are whole or in flight on this rank when the loss is computed, once DeepSpeed knows the order of the modules."""
+    """The parameters that are whole or in flight on this rank when the loss is computed, once DeepSpeed knows the order
+    of the modules."""
     engine = opened(world, "zero3", folder)
     if evaluated:
         logits(engine, IDS)
@@ -65,6 +66,10 @@ def test_parameters_on_nvme_are_neither_on_the_device_nor_all_on_the_host():
         return memory.resident(structure, optimizer=True)["parameters"], memory.host(structure).get("parameters", 0)
 
     kept, on_host, in_files = map(device_and_host, ("none", "cpu", "nvme"))
-    assert (kept[1], on_host[1]) == (0, 1000 * sum(slices.values())) and kept[0] - on_host[0] == on_host[1] and in_files[0] == on_host[0]
+    assert (
+        (kept[1], on_host[1]) == (0, 1000 * sum(slices.values()))
+        and kept[0] - on_host[0] == on_host[1]
+        and in_files[0] == on_host[0]
+    )
     # Norms, which are too small for files; what is whole at once, 1e9 elements; and six buffers.
     assert in_files[1] == 1000 * slices[norm] + 4 * 1e9 / ranks + 6 * slices[matrix]

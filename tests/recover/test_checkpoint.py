@@ -16,9 +16,9 @@ from tiny_family import write_parent
 from plrd_train.engine import AdamW
 from plrd_train.engine.fsdp import Options, open_engine
 from plrd_train.errors import UserError
-from plrd_train.hub.models import HubArchitecture
-from plrd_train.hub.parents import load_config, open_parent
-from plrd_train.hub.weights import WeightReader
+from plrd_train.parents.models import HubArchitecture
+from plrd_train.parents.parent import load_config, open_parent
+from plrd_train.parents.weights import WeightReader
 from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.progress import Counters, Progress, UnderWay
 
@@ -33,7 +33,9 @@ ENDED = Progress(
     branched=True,
 )
 TRAINING = dataclasses.replace(
-    ENDED, counters=dataclasses.replace(ENDED.counters, steps=25), under_way=UnderWay({"name": "3x"}, {"model.layers.0.mlp.up_proj": 2}, 5, 1.5, True)
+    ENDED,
+    counters=dataclasses.replace(ENDED.counters, steps=25),
+    under_way=UnderWay({"name": "3x"}, {"model.layers.0.mlp.up_proj": 2}, 5, 1.5, True),
 )
 
 
@@ -78,7 +80,13 @@ def saved_and_loaded(world, folder: Path, run_dir: Path) -> list:
     found.append(checkpoints.latest())
     trunk_again = checkpoints.load_stage(TRAINING, architecture, OPTIMIZER)
     found.append(same(engine, member) and all(torch.equal(trunk_again[name], tensor) for name, tensor in trunk.items()))
-    found.append(all(torch.equal(engine.moments()[moment][name], tensor) for moment in moments for name, tensor in moments[moment].items()))
+    found.append(
+        all(
+            torch.equal(engine.moments()[moment][name], tensor)
+            for moment in moments
+            for name, tensor in moments[moment].items()
+        )
+    )
     for steps in (31, 33):
         checkpoints.save_stage(dataclasses.replace(TRAINING, counters=Counters(steps=steps)), None)
     checkpoints.save(dataclasses.replace(ENDED, counters=Counters(steps=40), branched=False), trunk)
@@ -98,8 +106,13 @@ def test_what_was_saved_is_loaded_and_the_ends_of_stages_stay_beside_the_newest(
     folders.remove("latest")
     assert not list(tmp_path.rglob("*00009*"))
     for name in folders:
-        subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "sha256sums"], cwd=tmp_path / "checkpoints" / name, check=True)
-        assert {path.suffix for path in (tmp_path / "checkpoints" / name).iterdir()} == {"", ".json", ".safetensors"}  # no pickle
+        subprocess.run(
+            ["sha256sum", "--check", "--quiet", "--strict", "sha256sums"],
+            cwd=tmp_path / "checkpoints" / name,
+            check=True,
+        )
+        # No pickle.
+        assert {path.suffix for path in (tmp_path / "checkpoints" / name).iterdir()} == {"", ".json", ".safetensors"}
 
 
 def three(world, folder: Path, run_dir: Path) -> None:
@@ -144,7 +157,9 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(parent, tmp_path, 
     break_it(broken)
     ((found, said),) = run_ranks(1, latest, parent, tmp_path)
     assert found.counters.steps == 9
-    assert f"step-00000010-stage-1/{broken.name if which != 'sha256sums' else ''}" in said and len(said.splitlines()) == 1
+    assert (
+        f"step-00000010-stage-1/{broken.name if which != 'sha256sums' else ''}" in said and len(said.splitlines()) == 1
+    )
 
 
 def test_where_all_are_damaged_every_rank_says_so_and_nothing_is_removed(parent, tmp_path):

@@ -52,7 +52,9 @@ def test_a_step_that_hangs_ends_the_run_and_names_the_rank_and_the_collective(co
     ended = run_job(2, command(tmp_path / "run", f"engine={engine}", "checkpoint.tokens=640"), hang_in_step, 8)
     assert ended.status == 1
     (line,) = ended.err.splitlines()
-    assert line.startswith("error: no progress for ") and line.endswith("the same command goes on from the last checkpoint")
+    assert line.startswith("error: no progress for ") and line.endswith(
+        "the same command goes on from the last checkpoint"
+    )
     guilty, waiting, _ = line.split("; ")
     assert "rank 1 (" in guilty and " is in " in guilty
     assert re.search(r"rank 0 \(.*\) waits in (all_gather|reduce_scatter)\w* \(plrd_train/", waiting)

@@ -13,7 +13,7 @@ from processes import Ended, run_job
 from test_loop import settings
 
 from plrd_train.recover.guard import LEAST, WINDOW, Guard, Judged
-from plrd_train.world import SharedError
+from plrd_train.runtime.world import SharedError
 
 STEPS = 30  # of the one stage
 BAD = {20: math.nan, 24: 1e3, 25: -math.inf}  # step -> what its loss is multiplied by
@@ -63,7 +63,9 @@ def test_no_loss_is_too_high_where_that_is_asked_for():
 
 def test_so_many_in_a_row_end_the_run_and_a_good_one_between_begins_anew():
     judge, said = guard(patience=3)
-    for step, (loss, norm, skipped) in enumerate([(math.nan, 1.0, True), (3.0, math.inf, True), (3.0, 1.0, False), (math.nan, 1.0, True)]):
+    for step, (loss, norm, skipped) in enumerate(
+        [(math.nan, 1.0, True), (3.0, math.inf, True), (3.0, 1.0, False), (math.nan, 1.0, True)]
+    ):
         judge.add(step, loss, norm, skipped)
     assert judge.judged == Judged(skipped=3, in_a_row=1, recent=[(2, 3.0)])
     assert said[:2] == [
@@ -71,7 +73,9 @@ def test_so_many_in_a_row_end_the_run_and_a_good_one_between_begins_anew():
         "warning: step 2 of this stage is left out: its gradient's norm is inf",
     ]
     judge.add(4, math.nan, 1.0, True)
-    with pytest.raises(SharedError, match=r"recover\.patience: 3 steps in a row are left out, the last because its loss is nan"):
+    with pytest.raises(
+        SharedError, match=r"recover\.patience: 3 steps in a row are left out, the last because its loss is nan"
+    ):
         judge.add(5, math.nan, 1.0, True)
 
 
@@ -91,7 +95,9 @@ def spoil(rank: int, bad: Mapping[int, float], killed_at: int | None = None) -> 
         if trainer.counters.steps == killed_at and rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         factor = bad.get(trainer.counters.steps, 1.0)
-        return sound(dataclasses.replace(trainer, objective=lambda *given: trainer.objective(*given) * factor), input_ids)
+        return sound(
+            dataclasses.replace(trainer, objective=lambda *given: trainer.objective(*given) * factor), input_ids
+        )
 
     Trainer._micro_batch = spoiled  # type: ignore[method-assign]
 
@@ -105,7 +111,13 @@ def job(command) -> Callable[..., Ended]:
     """job(run_dir, engine, bad steps, killed_at): a family of one stage on two ranks."""
 
     def run(run_dir: Path, engine: str, bad: Mapping[int, float], killed_at: int | None = None) -> Ended:
-        stage = ("stages.ratios=[1.25]", f"stages.tokens={STEPS * 128}", f"engine={engine}", "engine.dtype=fp32", "recover.patience=4")
+        stage = (
+            "stages.ratios=[1.25]",
+            f"stages.tokens={STEPS * 128}",
+            f"engine={engine}",
+            "engine.dtype=fp32",
+            "recover.patience=4",
+        )
         return run_job(2, command(run_dir, *stage, "checkpoint.tokens=640"), spoil, bad, killed_at)
 
     return run

@@ -9,21 +9,21 @@ from tiny_family import write_corpus
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plrd_train.config import Checkpoint, Recover
+from plrd_train.config.schema import Checkpoint, Recover
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.loader import Loader
 from plrd_train.engine.fsdp import Options, open_engine
-from plrd_train.hub.models import HubArchitecture
-from plrd_train.hub.parents import load_config, open_parent
-from plrd_train.hub.weights import WeightReader
-from plrd_train.recover.exchange import Exchange
+from plrd_train.parents.models import HubArchitecture
+from plrd_train.parents.parent import load_config, open_parent
+from plrd_train.parents.weights import WeightReader
 from plrd_train.recover.guard import Guard, Judged
 from plrd_train.recover.loop import Trainer
 from plrd_train.recover.objectives.ce import Objective
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
-from plrd_train.stopping import StopRequest
+from plrd_train.runtime.exchange import Exchange
+from plrd_train.runtime.stop import StopRequest
 
 SEQ_LEN, STEPS = 16, 4
 
@@ -49,7 +49,9 @@ def settings(sequences: int, **changed) -> Recover:
 
 def loader(folder: Path, text: Path, streams: int, rank: int, size: int) -> Loader:
     corpus, tokenizer = resolve_corpus(str(text), "train"), AutoTokenizer.from_pretrained(folder)
-    return Loader(corpus, tokenizer, seq_len=SEQ_LEN, streams=streams, seed=0, append_eos=False, rank=rank, world_size=size)
+    return Loader(
+        corpus, tokenizer, seq_len=SEQ_LEN, streams=streams, seed=0, append_eos=False, rank=rank, world_size=size
+    )
 
 
 def trained(world, folder: Path, text: Path, streams: int, recover: Recover, budget: int):
@@ -59,7 +61,19 @@ def trained(world, folder: Path, text: Path, streams: int, recover: Recover, bud
     rows: list[dict] = []
     reader = loader(folder, text, streams, world.rank, world.size)
     perf, exchange = Perf(1.0, None, engine.device), Exchange(world)
-    trainer = Trainer(engine, reader, Objective(), recover, SEQ_LEN, 0, perf, Counters(), Guard(recover, print, Judged()), exchange, rows.append)
+    trainer = Trainer(
+        engine,
+        reader,
+        Objective(),
+        recover,
+        SEQ_LEN,
+        0,
+        perf,
+        Counters(),
+        Guard(recover, print, Judged()),
+        exchange,
+        rows.append,
+    )
     never = Pauses(Checkpoint(tokens=None, minutes=None, keep=1), StopRequest(), None, None)
     recovered = trainer.recover(budget, recover.lr, never)
     exchange.close()

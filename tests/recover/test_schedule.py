@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from plrd_train.compose import compose
-from plrd_train.config import Recover, from_mapping
+from plrd_train.config.compose import compose
+from plrd_train.config.schema import Recover, from_mapping
 from plrd_train.recover.schedule import anneal, peak_rate, rate
 
 
@@ -53,7 +53,9 @@ def test_without_warmup_a_stage_of_one_step_has_a_rate():
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_a_branch_falls_by_a_line_that_would_reach_zero_behind_its_last_step(steps):
     rates = [2.0, *(anneal(step, steps, 2.0) for step in range(steps)), 0.0]
-    assert [before - after for before, after in itertools.pairwise(rates)] == pytest.approx([2.0 / (steps + 1)] * (steps + 1))
+    assert [before - after for before, after in itertools.pairwise(rates)] == pytest.approx(
+        [2.0 / (steps + 1)] * (steps + 1)
+    )
 
 
 def test_the_peak_is_the_key_or_follows_the_width():

@@ -13,8 +13,22 @@ from plrd_train.tracking import console
 
 PARENT = {"params": 3_100_000, "eval": {"ppl": 5.1}}
 MEMBERS = [
-    {"name": "1.25x", "ratio": 1.2512, "params": 2_604_000, "eval_factored": {"ppl": 26.3}, "eval": {"ppl": 5.61}, "tokens_lineage": 100_000},
-    {"name": "[bold]late[/bold]", "ratio": 2.25, "params": 1_550_000, "eval_factored": {"ppl": float("inf")}, "eval": None, "tokens_lineage": 0},
+    {
+        "name": "1.25x",
+        "ratio": 1.2512,
+        "params": 2_604_000,
+        "eval_factored": {"ppl": 26.3},
+        "eval": {"ppl": 5.61},
+        "tokens_lineage": 100_000,
+    },
+    {
+        "name": "[bold]late[/bold]",
+        "ratio": 2.25,
+        "params": 1_550_000,
+        "eval_factored": {"ppl": float("inf")},
+        "eval": None,
+        "tokens_lineage": 0,
+    },
 ]
 
 
@@ -52,7 +66,8 @@ def test_without_a_terminal_a_long_work_tells_the_time_left(monkeypatch, capsys)
     work(steps=3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("stage 1: recover: 200/1.00k tokens") and "loss 3" in lines[0]
-    assert any(" left, loss" in line for line in lines) and "600/1.00k" in lines[-1]  # a work that ends early says how far it came
+    # A work that ends early says how far it came.
+    assert any(" left, loss" in line for line in lines) and "600/1.00k" in lines[-1]
 
 
 def test_on_a_terminal_bars_move_and_lines_stay_whole():
@@ -103,5 +118,8 @@ def test_the_table_of_a_family(capsys):
 
 
 def test_a_terminal_that_knows_no_box_drawing_gets_a_table():
-    done = in_a_process(f"from plrd_train.tracking import console; console.family_table({PARENT!r}, {MEMBERS[:1]!r})", PYTHONIOENCODING="ascii")
+    done = in_a_process(
+        f"from plrd_train.tracking import console; console.family_table({PARENT!r}, {MEMBERS[:1]!r})",
+        PYTHONIOENCODING="ascii",
+    )
     assert done.returncode == 0 and "1.25x" in done.stdout, done.stderr

@@ -12,20 +12,27 @@ import pytest
 import torch
 from tracking import wandb_log
 
-from plrd_train.compose import compose
-from plrd_train.config import from_mapping
+from plrd_train.config.compose import compose
+from plrd_train.config.schema import from_mapping
+from plrd_train.runtime.world import World
 from plrd_train.tracking.tracker import Tracker, open_tracker
-from plrd_train.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def tracker(run_dir: Path, mode: str = "disabled") -> Tracker:
-    return Tracker(run_dir, wandb_mode=mode, wandb_project="plrd-tests", wandb_name="a run", config={"seed": 0}, budget_tokens=1000)
+    return Tracker(
+        run_dir, wandb_mode=mode, wandb_project="plrd-tests", wandb_name="a run", config={"seed": 0}, budget_tokens=1000
+    )
 
 
 def metrics(step: int) -> dict[str, float]:
-    return {"train/loss": 3.0 - step / 8, "train/lr": 1e-3, "tokens/total": 100 * (step + 1), "data/PythonDocs_tokens": 60 * (step + 1)}
+    return {
+        "train/loss": 3.0 - step / 8,
+        "train/lr": 1e-3,
+        "tokens/total": 100 * (step + 1),
+        "data/PythonDocs_tokens": 60 * (step + 1),
+    }
 
 
 def rows(path: Path) -> list[dict]:
@@ -37,10 +44,16 @@ def rows(path: Path) -> list[dict]:
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run `code`, with the names of this file, in a process of its own."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}  # not this process's W&B service
+    # Not this process's W&B service.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     env = {**inherited, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment}
     return subprocess.run(
-        [sys.executable, "-c", f"from tracking.test_tracker import *\n{code}"], env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", f"from tracking.test_tracker import *\n{code}"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -58,7 +71,11 @@ def test_each_step_is_one_row_under_the_same_names(tmp_path, monkeypatch, mode):
         return
     (log,) = wandb_log.runs(tmp_path)
     assert wandb_log.history(log) == kept
-    axes = {record.metric.glob_name: record.metric.step_metric for record in wandb_log.finished(log) if record.HasField("metric")}
+    axes = {
+        record.metric.glob_name: record.metric.step_metric
+        for record in wandb_log.finished(log)
+        if record.HasField("metric")
+    }
     assert axes["*"] == "tokens/total"
 
 
@@ -131,7 +148,10 @@ def test_an_event_repeated_after_a_restart_replaces_the_one_before(tmp_path):
     again.rewind(1)
     factor(again, 2, 0.3)
     factor(again, 2, 0.4)  # nothing of before a restart: another event
-    kept = [(row["step"], row["kind"], row.get("linear"), row.get("factor/rel_error")) for row in rows(tmp_path / "events.jsonl")]
+    kept = [
+        (row["step"], row["kind"], row.get("linear"), row.get("factor/rel_error"))
+        for row in rows(tmp_path / "events.jsonl")
+    ]
     first = [(-1, "factor", "q", 0.1), (-1, "factor", "k", 0.1), (0, "evaluation", None, None)]
     assert kept == first + [(0, "factor", linear, error) for error in (0.3, 0.4) for linear in ("q", "k")]
     assert rows(tmp_path / "events.jsonl")[-1]["tokens/total"] == 100
@@ -173,5 +193,7 @@ def test_only_rank_0_keeps_anything(tmp_path, rank):
     it.log_event("factor", {"factor/seconds": 1.0})
     it.summary({"ppl": 3.0})
     it.close()
-    assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == (["events.jsonl", "metrics.jsonl"] if rank == 0 else [])
+    assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == (
+        ["events.jsonl", "metrics.jsonl"] if rank == 0 else []
+    )
     assert rank or rows(run_dir / "metrics.jsonl")[0]["tokens/budget"] == 700

@@ -14,7 +14,8 @@ _BLOCK, _HEADER, _FULL, _LAST = 32768, 7, 1, 4
 
 def records(path: Path) -> Iterator[Any]:
     """Yield the Record messages of a .wandb file."""
-    data, position, message = path.read_bytes(), _HEADER, b""  # the file begins with a header of its own, as long as a chunk's
+    # The file begins with a header of its own, as long as a chunk's.
+    data, position, message = (path.read_bytes(), _HEADER, b"")
     while position + _HEADER <= len(data):
         room = _BLOCK - position % _BLOCK
         if room < _HEADER:
@@ -39,7 +40,8 @@ def runs(run_dir: Path) -> list[Path]:
 
 
 def finished(path: Path) -> list[Any]:
-    """The records of a run that was closed: W&B's own process writes the last of them a few milliseconds after `finish` has returned."""
+    """The records of a run that was closed: W&B's own process writes the last of them a few milliseconds after `finish`
+    has returned."""
     deadline = time.monotonic() + 20
     while True:
         found = list(records(path))

@@ -1,0 +1,252 @@
+"""`plrd factor`: its options, and the family that it leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plrd_train.commands._arguments import given_folder, given_path, number
+from plrd_train.errors import UserError
+from plrd_train.family import Family
+from plrd_train.tracking import console
+
+if TYPE_CHECKING:
+    from plrd_train.config.schema import Config
+    from plrd_train.data.corpus import Corpus
+    from plrd_train.oneshot import OneShot, Ranks, Text
+    from plrd_train.parents.parent import Parent
+
+# Where the keys of the main job do not suit: LLM-ROM's sequences, as many of them at once as a CPU likes.
+_OWN = ("data.seq_len=128", "recover.micro_batch=8")
+# What there is to choose by KEY=VALUE: all else of the main job means nothing here.
+_KEYS = (
+    *("factorizer.", "ranks.", "linears.", "evaluation.", "recover.micro_batch", "seed"),
+    *(f"data.{key}" for key in ("seq_len", "streams", "append_eos", "skip_bad", "revision")),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parent", metavar="PARENT", type=given_path, help="a Hugging Face folder or hub id")
+    parser.add_argument("out", metavar="OUT", type=given_folder, help="the folder of the family, as of a run")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="further keys of conf/, as factorizer.epochs=8 data.seq_len=2048",
+    )
+    parser.add_argument(
+        "--method", metavar="M", required=True, help="as factorizer= of the main job: svd, whitened, rom, refined, …"
+    )
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument(
+        "--ratio",
+        metavar="R[,R2,…]",
+        type=_ratios,
+        help="parameters of the Linears, the parent's over a member's: a member each",
+    )
+    wanted.add_argument(
+        "--budget",
+        metavar="B",
+        type=number(above=0, most=1),
+        help="the share of all parameters to keep, by factoring the last blocks alone (LLM-ROM)",
+    )
+    parser.add_argument(
+        "--form",
+        metavar="FORM",
+        default="lowrank",
+        help="what stands in a Linear's place: lowrank or pifa (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranks", metavar="ALLOCATION", default="uniform", help="uniform, energy or sensitivity (default: %(default)s)"
+    )
+    text = "a folder, glob or hub id of text, for methods and ranks that look at some"
+    parser.add_argument("--calibration", metavar="CORPUS", type=given_path, help=text)
+    parser.add_argument("--data", metavar="CORPUS", type=given_path, help="measure held-out perplexity on this one")
+    parser.add_argument("--revision", metavar="R", help="of a PARENT on the hub (default: its main branch)")
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Make the members that `given` asks for, those that are not there yet. Raises UserError."""
+    from transformers.utils import logging
+
+    from plrd_train.data.corpus import overlap, resolve_corpus
+    from plrd_train.oneshot import OneShot
+    from plrd_train.parents.parent import open_parent
+    from plrd_train.publish.card import member_card
+    from plrd_train.report.page import write_report
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    config = _config(given)
+    held_out = resolve_corpus(given.data, "validation") if given.data else None
+    calibration = resolve_corpus(given.calibration, "train", config.data.revision) if given.calibration else None
+    if (
+        held_out
+        and calibration
+        and config.compressor().needs().text
+        and (note := overlap(calibration, held_out, "calibrated on"))
+    ):
+        console.say(note)
+    parent = open_parent(given.parent, given.revision or "main", given.trust_remote_code)
+    _check_parent(given, config, parent)
+    oneshot = OneShot(parent, config, _text(given, config, parent, calibration), unfinished=given.out / "factors")
+    made_by = {
+        "form": config.form.name,
+        "factorizer": {"name": config.factorizer.name, **vars(config.factorizer.settings)},
+        "allocation": config.ranks.name,
+    }
+    asked: dict[str, Ranks | float] = {f"{ratio:g}x": ratio for ratio in given.ratio or ()}
+    if given.budget is not None:
+        asked = {f"budget-{given.budget:g}": oneshot.of_budget(given.budget)}
+    family = _family(given, parent, asked, made_by)
+    if not family.parent:
+        family.parent = {"path": given.parent, "revision": parent.revision, "params": oneshot.params}
+        if held_out:
+            family.parent["eval"] = _perplexity(given, config, held_out, parent.folder, "the parent")
+        family.folder.mkdir(parents=True, exist_ok=True)
+        family.write()
+    start = time.perf_counter()
+    for writer, ranks in oneshot.write(
+        {family.member_folder(name): of for name, of in asked.items() if not family.has(name)}
+    ):
+        entry = (
+            _entry(writer.folder.name, oneshot, ranks, asked)
+            | made_by
+            | {"seconds": {"factor": time.perf_counter() - start}}
+        )
+        if held_out:
+            entry["eval"] = entry["eval_factored"] = _perplexity(
+                given, config, held_out, str(writer.draft), entry["name"]
+            )
+        writer.publish(member_card(entry, family.parent, made_by))
+        family.members.append(entry)
+        family.write()
+        oneshot.kept.clear()
+        start = time.perf_counter()
+    oneshot.kept.clear()  # what a process left that was killed right behind its last member
+    write_report(family.folder)
+    if not given.json:
+        console.family_table(family.parent, family.members)
+    return {"parent": family.parent, "members": family.members}
+
+
+def _config(given: argparse.Namespace) -> Config:
+    from plrd_train.config.compose import compose
+    from plrd_train.config.overrides import literal
+    from plrd_train.config.schema import from_mapping
+
+    for override in given.overrides:
+        if not override.lstrip("+~").startswith(_KEYS):
+            raise UserError(f"{override}: means nothing here; keys are {', '.join(_KEYS)}")
+    if given.budget is not None and given.ranks != "uniform":
+        raise UserError(
+            "--budget: LLM-ROM's ranks are uniform in the blocks that it factors; leave --ranks out, or give --ratio"
+        )
+    paths = {"parent.path": given.parent, "run_dir": given.out.absolute()}
+    paths |= {"data.train": given.calibration} if given.calibration else {}
+    chosen = {"form": given.form, "factorizer": given.method, "ranks": given.ranks} | paths
+    (source,) = compose([*(f"{key}={literal(str(value))}" for key, value in chosen.items()), *_OWN, *given.overrides])
+    config = from_mapping(source)
+    if config.compressor().needs().text and not given.calibration:
+        looks = f"--method {given.method}" if config.factorizer.settings.statistics else f"--ranks {given.ranks}"
+        raise UserError(f"--calibration: {looks} looks at text; give --calibration CORPUS")
+    return config
+
+
+def _check_parent(given: argparse.Namespace, config: Config, parent: Parent) -> None:
+    """Raise UserError where this parent cannot be what is asked for, and say what of it stays whole."""
+    from plrd_train.parents.parent import load_config
+    from plrd_train.parents.reach import check_lengths, notes
+
+    hub_config = load_config(parent)
+    lengths = {"data.seq_len": config.data.seq_len} if given.calibration else {}
+    check_lengths(
+        hub_config, lengths | ({"evaluation.context": config.evaluation.context} if given.data else {}), given.parent
+    )
+    for note in (*parent.notes, *notes(hub_config, given.ratio or ())):
+        console.say(f"note: {note}")
+
+
+def _text(given: argparse.Namespace, config: Config, parent: Parent, corpus: Corpus | None) -> Text:
+    """text(tokens): that much of the calibration `corpus`, read once."""
+    from plrd_train.parents.parent import load_tokenizer
+    from plrd_train.parents.tokenization import compare
+    from plrd_train.training import calibration_text
+
+    tokenizer = load_tokenizer(parent, given.trust_remote_code)
+    if corpus is not None:
+        compare(tokenizer, Path(parent.folder), corpus)
+
+    @cache
+    def text(tokens: int) -> Any:
+        assert corpus is not None
+        return calibration_text(config, corpus, tokenizer, tokens, rank=0, world_size=1)
+
+    return text
+
+
+def _family(given: argparse.Namespace, parent: Parent, asked: Mapping[str, Any], made_by: Mapping[str, Any]) -> Family:
+    """The family in OUT, to which the members that are `asked` for can be added. Raises UserError where it is another
+    one."""
+    family = Family.read(given.out, must_exist=False)
+    if not family.parent:
+        if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
+            raise UserError(f"{given.out}: exists, and is no family; choose another OUT")
+        return family
+    if (given.out / "config.yaml").exists():
+        raise UserError(f"{given.out}: the folder of a run, which alone adds to it; choose another OUT")
+    if (family.parent["path"], family.parent.get("revision")) != (given.parent, parent.revision):
+        raise UserError(f"{given.out}: a family of {family.parent['path']}; choose another OUT for {given.parent}")
+    for member in family.members:
+        if member["name"] in asked and any(member.get(key) != value for key, value in made_by.items()):
+            raise UserError(f"{given.out}: has a member {member['name']} that was made otherwise; choose another OUT")
+    return family
+
+
+def _entry(name: str, oneshot: OneShot, ranks: Ranks, asked: Mapping[str, Ranks | float]) -> dict[str, Any]:
+    """A member's, with the keys of family.json."""
+    from plrd_train.compress.ranks import ratio_of
+
+    shapes, of = oneshot.shapes, asked[name]
+    ratio = ratio_of(shapes, ranks)
+    saved = sum(
+        shape.pair_params(shape.rank) - shape.params(ranks.get(linear, shape.rank)) for linear, shape in shapes.items()
+    )
+    return {
+        "name": name,
+        "ratio_requested": of if isinstance(of, float) else ratio,
+        "ratio": ratio,
+        "params": oneshot.params - saved,
+        "linear_params": sum(shape.params(ranks.get(linear, shape.rank)) for linear, shape in shapes.items()),
+        "form": oneshot.form,
+        "ranks": ranks,
+        **dict.fromkeys(("tokens_stage", "tokens_total", "tokens_lineage"), 0),
+        "path": f"members/{name}",
+        "made_from": "parent",
+        "engine": None,
+        "world_size": 1,
+    }
+
+
+def _perplexity(given: argparse.Namespace, config: Config, corpus: Corpus, folder: str, name: str) -> dict[str, Any]:
+    import torch
+
+    from plrd_train.evaluate.held_out import HeldOut
+    from plrd_train.evaluate.published import find_published, open_published
+
+    settings = config.evaluation
+    model = open_published(find_published(folder), torch.float32, trust_remote_code=given.trust_remote_code)
+    return (
+        HeldOut(corpus, settings.context, settings.tokens, settings.batch, config.data.skip_bad)
+        .measure(model, name)
+        .to_dict()
+    )
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    ratio = number(above=1)
+    return tuple(sorted({ratio(part) for part in text.split(",")}))

@@ -1,0 +1,184 @@
+"""A causal LM of transformers taken block by block, one of them in memory at a time, with what calibration text gives
+it.
+
+Methods that factor a Linear on the inputs which the Linears before it give once they are factored walk so, over the
+ranks of an engine as well as on one CPU that reads a checkpoint: each rank holds the whole block in turn, and its own
+part of the text.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from plrd_train.compress.rounds import Shards, everywhere
+
+# The whole float32 parameter of that name and shape, on every rank alike.
+Read = Callable[[str, torch.Size], Tensor]
+# What a block is called with beside its hidden states.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Architecture(Protocol):
+    """A causal LM's structure without its weights."""
+
+    def build(self) -> nn.Module: ...
+    def refill(self, model: nn.Module) -> None: ...
+
+    def outputs(self) -> Mapping[str, int]:
+        """{name of a block: the number of elements of the tuple that it returns, 0 for a tensor}. Raises
+        DecompositionError where the blocks cannot be run one after the other on nothing but the hidden states of the
+        block before."""
+        ...
+
+
+@dataclass
+class Block:
+    """One block while it is in memory: `module`, named `name` in the model, and its calls, one for each batch of this
+    rank.
+
+    `inputs` are the hidden states (n, length, hidden) that the blocks before it give, as they stand now, until
+    `outputs` puts its own in their place; `calls` the arguments beside them.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: list[Tensor]
+    calls: list[Call]
+    ran: bool = False
+
+    def run(self, batch: int) -> Tensor:
+        """The hidden states that it gives of that batch."""
+        args, kwargs = self.calls[batch]
+        output = self.module(self.inputs[batch], *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """The hidden states that it gives of each batch, in the place of the inputs, which are not needed again."""
+        if not self.ran:
+            for batch in range(len(self.inputs)):
+                self.inputs[batch] = self.run(batch)
+            self.ran = True
+        return self.inputs
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model, by name, in its order: the modules of that list which holds the most
+    parameters."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    largest = max(
+        lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()), default=None
+    )
+    return {} if largest is None else {f"{largest}.{i}": block for i, block in enumerate(lists[largest])}
+
+
+@torch.no_grad()
+def walk(architecture: Architecture, read: Read, batches: Sequence[Tensor], device: torch.device) -> Iterator[Block]:
+    """Yield the blocks in order. What the caller makes of a block's Linears is what the blocks behind it are given the
+    outputs of.
+
+    `batches` are this rank's own, each (n, length) token ids, maybe none. In memory are the embeddings at first, then
+    one block, and the hidden states of all batches, in float32. A collective where `read` is one.
+    """
+    with torch.device("meta"):
+        model = architecture.build()
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        module._buffers.update(
+            {name: b if b is None else torch.empty_like(b, device=device) for name, b in module._buffers.items()}
+        )
+    architecture.refill(model)
+    blocks = blocks_of(model)
+    hidden, calls = _first_inputs(model, blocks, architecture.outputs(), read, batches, device)
+    for name, module in blocks.items():
+        _fill(_parameters(module, name), read, device)
+        block = Block(name, module, hidden, calls.pop(0))
+        yield block
+        block.outputs()
+        module.to_empty(device="meta")
+
+
+def gathered(engine: Shards) -> Read:
+    """The parameters that an engine holds. The Read that is returned is a collective."""
+
+    def read(name: str, shape: torch.Size) -> Tensor:
+        return everywhere(engine, engine.gather(name, 0)(), shape, owner=0)
+
+    return read
+
+
+@dataclass
+class Alone:
+    """`Shards` of one process without an engine: parameters are read when they are needed, and a shard is the whole."""
+
+    read: Callable[[str], Tensor]  # of any floating dtype
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    def gather(self, name: str, owner: int) -> Callable[[], Tensor | None]:
+        return lambda: self.read(name).to(self.device, torch.float32)
+
+    def scatter(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
+        assert tensor is not None
+        return tensor
+
+    def share(self, value: object) -> list:
+        return [value]
+
+
+def _parameters(
+    module: nn.Module, prefix: str, leave: Collection[nn.Module] = ()
+) -> Iterator[tuple[nn.Module, str, nn.Parameter, str]]:
+    """(module, the parameter's name in it, the parameter, its name in the model) of each parameter, but for those of
+    the modules in `leave`."""
+    left = {inside for other in leave for inside in other.modules()}
+    for path, inside in module.named_modules(prefix=prefix):
+        for name, parameter in list(inside._parameters.items()) if inside not in left else ():
+            if parameter is not None:
+                yield inside, name, parameter, f"{path}.{name}" if path else name
+
+
+def _fill(parameters: Iterator[tuple[nn.Module, str, nn.Parameter, str]], read: Read, device: torch.device) -> None:
+    for inside, name, parameter, path in parameters:
+        inside._parameters[name] = nn.Parameter(read(path, parameter.shape).to(device), requires_grad=False)
+
+
+def _first_inputs(
+    model: Any,
+    blocks: Mapping[str, nn.Module],
+    outputs: Mapping[str, int],
+    read: Read,
+    batches: Sequence[Tensor],
+    device: torch.device,
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """The hidden states that the first block is given of each batch, and the calls of each block. Blocks that return
+    nothing of their own are in their place: each returns its hidden states in a tuple of `outputs`, as the model around
+    it expects."""
+    backbone = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is backbone)
+    _fill(_parameters(backbone, prefix, leave=blocks.values()), read, device)
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = [[] for _ in blocks]
+
+    def record(block: int, elements: int) -> Callable[..., Any]:
+        def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if block == 0:
+                hidden.append(states)
+            calls[block].append((args, kwargs))
+            return (states, *[None] * (elements - 1)) if elements else states
+
+        return forward
+
+    for block, (name, module) in enumerate(blocks.items()):
+        module.forward = record(block, outputs[name])
+    for batch in batches:
+        backbone(input_ids=batch.to(device), use_cache=False)
+    for module in blocks.values():
+        del module.forward  # that of its class is behind it
+    for inside, name, parameter, _ in _parameters(backbone, prefix, leave=blocks.values()):
+        inside._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    return hidden, calls

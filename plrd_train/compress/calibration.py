@@ -1,0 +1,292 @@
+"""What calibration text says of the Linears of a live sharded model: moments of their inputs, or of the gradients of
+their weights.
+
+The text is split over the ranks, each of which adds up its own part; the sums then go to the ranks that factor the
+Linears (`owners`). Linears that are given the very same input (query, key and value; gate and up) share one sum. The
+Linears are taken in windows, in the order in which the model calls them, one pass over the text each, so that the sums
+which exist at once on a rank stay below a bound: those of a whole 7B model take 21 GB.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from plrd_train.compress.algebra.factors import symmetrized
+from plrd_train.compress.methods import Statistic
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import DecompositionError, Shards, owners
+
+WINDOW_BYTES = 8 * 2**30
+
+
+class Live(Shards, Protocol):
+    """A sharded causal LM of transformers that can run: every engine."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+
+class Kind(Protocol):
+    """One kind of statistic, a float32 mean over the text."""
+
+    of_gradients: ClassVar[bool]
+
+    @staticmethod
+    def size(shape: Shape) -> tuple[int, ...]:
+        """The statistic's own shape."""
+        ...
+
+    @staticmethod
+    def add(total: Tensor, x: Tensor, grad: Tensor) -> int:
+        """Add to `total` what inputs `x` (tokens, in) and the gradients `grad` (tokens, out) of the loss with respect
+        to the outputs tell, both float32; without `of_gradients`, `grad` is empty. Returns how many terms of the mean
+        these are."""
+        ...
+
+
+class Inputs:
+    """The second moment of the input, E[x x^T] over the tokens: (in, in)."""
+
+    of_gradients: ClassVar[bool] = False
+
+    @staticmethod
+    def size(shape: Shape) -> tuple[int, ...]:
+        return shape.in_features, shape.in_features
+
+    @staticmethod
+    def add(total: Tensor, x: Tensor, grad: Tensor) -> int:
+        total.addmm_(x.T, x)
+        return len(x)
+
+
+class Magnitudes:
+    """The mean magnitude of each input channel, E|x| over the tokens: (in,)."""
+
+    of_gradients: ClassVar[bool] = False
+
+    @staticmethod
+    def size(shape: Shape) -> tuple[int, ...]:
+        return (shape.in_features,)
+
+    @staticmethod
+    def add(total: Tensor, x: Tensor, grad: Tensor) -> int:
+        total += x.abs().sum(0)
+        return len(x)
+
+
+class Gradients:
+    """The empirical Fisher information of each input channel: E[sum over the channel's weights of (d nll / d w)^2] over
+    the sequences, (in,).
+
+    The weight is up @ down where the Linear is low-rank.
+    """
+
+    of_gradients: ClassVar[bool] = True
+
+    @staticmethod
+    def size(shape: Shape) -> tuple[int, ...]:
+        return (shape.in_features,)
+
+    @staticmethod
+    def add(total: Tensor, x: Tensor, grad: Tensor) -> int:
+        total += (grad.T @ x).square_().sum(0)
+        return 1
+
+
+KINDS: dict[str, type[Kind]] = {"inputs": Inputs, "magnitudes": Magnitudes, "gradients": Gradients}
+
+
+def collect(
+    engine: Live,
+    kind: str,
+    shapes: Mapping[str, Shape],
+    names: Collection[str],
+    batches: Sequence[Tensor],
+    window_bytes: int = WINDOW_BYTES,
+) -> Iterator[tuple[list[str], dict[str, Statistic]]]:
+    """Yield the Linears `names` window by window, and the statistics of those of a window's Linears that this rank
+    owns: what `decompose` takes.
+
+    `batches` are this rank's own, each (n, length) token ids; a rank may have none, and how the text is split changes
+    the result by rounding alone. `shapes` says what each Linear is now. The sums of a window take at most
+    `window_bytes` on each rank, or what one input takes where that is more. The model is left as it was, without
+    gradients. Each step of the iteration is a collective.
+
+    Raises DecompositionError, on every rank alike, where the model does not call one of the Linears.
+    """
+    chosen = KINDS[kind]
+    engine.model.eval()
+    groups = distinct_inputs(engine.model, names, lambda: logits_of(engine, None))
+    called = {name for group in groups for name in group}
+    for name in names:
+        if name not in called:
+            raise DecompositionError(f"{name}: the model does not call it, so that no calibration text can reach it")
+    if chosen.of_gradients:
+        groups = [(name,) for group in groups for name in group]
+    for window in _windows(groups, shapes, chosen, window_bytes):
+        part = [name for group in window for name in group]
+        owner = owners(shapes, part, engine.world_size)
+        sums = [Sum(chosen, torch.zeros(chosen.size(shapes[group[0]]), device=engine.device)) for group in window]
+        (_backward if chosen.of_gradients else _forward)(
+            engine, {group[0]: one for group, one in zip(window, sums, strict=True)}, batches
+        )
+        counts = [sum(parts) for parts in zip(*engine.share([one.count for one in sums]), strict=True)]
+        own: dict[str, Statistic] = {}
+        for group, count in zip(window, counts, strict=True):
+            if not count:
+                raise DecompositionError(f"{group[0]}: no token of the calibration text reaches it")
+            mean = sums.pop(0).mean(engine, count, {owner[name] for name in group})
+            if mean is not None:
+                own.update((name, mean) for name in group if owner[name] == engine.rank)
+        yield part, own
+
+
+def distinct_inputs(model: nn.Module, linears: Collection[str], run: Callable[[], object]) -> list[tuple[str, ...]]:
+    """The `linears` that `model` calls while `run` runs it, in the order of the calls. Those of one tuple are given the
+    same tensor."""
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        # The weak reference keeps no memory alive, yet differs from that of any memory that comes after.
+        place = StorageWeakRef(x.untyped_storage()), x._version, x.storage_offset(), x.shape, x.stride()
+        calls[name] = (*calls.get(name, ()), place)
+
+    with hooked(model, linears, lambda name: lambda module, given: note(name, given[0])), torch.no_grad():
+        run()
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, places in calls.items():
+        groups.setdefault(places, []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+@contextmanager
+def hooked(
+    model: nn.Module, linears: Collection[str], hook: Callable[[str], Callable[..., Any]], after: bool = False
+) -> Iterator[None]:
+    """Inside, these Linears call their hooks before (or after) they run, those of compiled blocks too, which would
+    leave hooks out."""
+    with ExitStack() as stack:
+        for name in linears:
+            module = model.get_submodule(name)
+            handle = module.register_forward_hook(hook(name)) if after else module.register_forward_pre_hook(hook(name))
+            stack.callback(handle.remove)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@dataclass
+class Sum:
+    """This rank's part of one statistic: a sum of `count` terms."""
+
+    kind: type[Kind]
+    total: Tensor
+    count: int = 0
+    counting: bool = True  # not while a rank without text takes part in the passes of the others
+
+    def add(self, x: Tensor, grad: Tensor | None = None) -> None:
+        """Add inputs `x` (…, in) and, where the kind is `of_gradients`, gradients `grad` (…, out)."""
+        if self.counting:
+            grad = x.new_empty(1, 0) if grad is None else grad
+            self.count += self.kind.add(self.total, x.flatten(0, -2).float(), grad.flatten(0, -2).float())
+
+    def mean(self, engine: Shards, count: int, owners: Collection[int]) -> Tensor | None:
+        """The ranks' sums, of `count` terms in all, over that number, on the ranks `owners`; None elsewhere. A
+        collective, which ends the sum."""
+        total = added_up(engine, self.total, owners)
+        if total is None:
+            return None
+        # In place, as a copy would be what a rank holds most of. A product of matrices is symmetric but for rounding.
+        return symmetrized(total.div_(count)) if total.ndim == 2 else total.div_(count)
+
+
+def added_up(engine: Shards, total: Tensor, owners: Collection[int]) -> Tensor | None:
+    """The sum of the ranks' `total`, which ends, on the ranks `owners`; None elsewhere. A collective."""
+    if engine.world_size > 1:
+        if len(owners) == 1:
+            dist.reduce(total, dst=min(owners))
+        else:
+            dist.all_reduce(total)
+    return total if engine.rank in owners else None
+
+
+def _windows(
+    groups: Sequence[tuple[str, ...]], shapes: Mapping[str, Shape], kind: type[Kind], limit: int
+) -> Iterator[list[tuple[str, ...]]]:
+    window: list[tuple[str, ...]] = []
+    held = 0
+    for group in groups:
+        size = 4 * torch.Size(kind.size(shapes[group[0]])).numel()
+        if window and held + size > limit:
+            yield window
+            window, held = [], 0
+        window.append(group)
+        held += size
+    if window:
+        yield window
+
+
+@torch.no_grad()
+def _forward(engine: Live, sums: Mapping[str, Sum], batches: Sequence[Tensor]) -> None:
+    """One pass over the text, in which `sums`, by the name of a Linear, grow by its inputs."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, given: sums[name].add(given[0])
+
+    with hooked(engine.model, sums, hook):
+        for batch in in_step(engine, batches, sums):
+            logits_of(engine, batch)
+
+
+def _backward(engine: Live, sums: Mapping[str, Sum], batches: Sequence[Tensor]) -> None:
+    """The same by inputs and gradients, of one sequence at a time. No gradient of a parameter is computed."""
+    anchor = torch.zeros((), device=engine.device, requires_grad=True)
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        return lambda module, given, output: _Tap.apply(output, given[0], anchor, sums[name])
+
+    with hooked(engine.model, sums, hook, after=True), torch.enable_grad():
+        for ids in in_step(engine, [row[None] for batch in batches for row in batch], sums):
+            logits, ids = logits_of(engine, ids)
+            nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            torch.autograd.grad(nll, anchor)
+
+
+class _Tap(torch.autograd.Function):
+    """The output of a Linear, unchanged, whose gradient a sum is told on its way back. Through `anchor`, a scalar,
+    autograd takes that way."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, to: Sum) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.to = to
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.to.add(ctx.saved_tensors[0], grads[0])
+        return grads[0], None, grads[0].new_zeros(()), None
+
+
+def in_step(
+    engine: Live, batches: Sequence[Tensor], sums: Mapping[str, Sum] = MappingProxyType({})
+) -> Iterator[Tensor | None]:
+    """This rank's batches, and then None while others have more: sharded layers are gathered together. The `sums` count
+    only the former."""
+    for step in range(max(engine.share(len(batches)))):
+        for one in sums.values():
+            one.counting = step < len(batches)
+        yield batches[step] if step < len(batches) else None
+
+
+def logits_of(engine: Live, batch: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The model's logits of a batch (two tokens if there is none), and that batch on the device."""
+    ids = (torch.zeros(1, 2, dtype=torch.long) if batch is None else batch).to(engine.device)
+    return engine.model(input_ids=ids, use_cache=False).logits, ids

@@ -1,0 +1,199 @@
+"""The decision how a model is compressed, once: what is looked at, in which order, and what comes of it.
+
+The main job, `plrd factor` and the plan ask the same `Compressor`. They differ in the `Source` that it reads from: a
+live sharded model, or a checkpoint of which one block is in memory at a time.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+
+from plrd_train.compress.blocks import Architecture, Block, gathered, walk
+from plrd_train.compress.calibration import KINDS, Live, collect
+from plrd_train.compress.methods import Factorizer, Statistic
+from plrd_train.compress.owned import Kept
+from plrd_train.compress.ranks import ALLOCATIONS, MEASURING, SPECTRAL, Shape, uniform
+from plrd_train.compress.rounds import NONE, Decomposed, Shards, Spectra, changes, decompose
+from plrd_train.compress.sensitivity import measure
+from plrd_train.compress.sequential import collect_in_order
+
+Ranks = dict[str, int]
+
+
+class AllocationError(ValueError):
+    """Ranks that nothing comes of; the message names the key."""
+
+
+def _silent(title: str, total: int) -> AbstractContextManager[Callable[[], object]]:
+    return nullcontext(lambda: None)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What compression by a method and an allocation looks at before it factors, in this order.
+
+    spectra: all Linears are decomposed first, since the ranks depend on it. statistics: the kind that is collected for
+    that, or for the factors of a method that takes each Linear by itself. losses: each Linear alone is measured.
+    in_order: the method walks through the blocks.
+    """
+
+    spectra: bool
+    statistics: str | None
+    losses: bool
+    in_order: bool
+
+    @property
+    def text(self) -> bool:
+        """Whether calibration text is read at all."""
+        return self.statistics is not None or self.losses or self.in_order
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether the model must run as a whole, and not block by block."""
+        return self.losses or (self.statistics is not None and KINDS[self.statistics].of_gradients)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is compressed. `engine` holds the weights, and runs them where it is `Live`; `architecture` is theirs, in
+    float32; `text` gives this rank's part of so many tokens of calibration text, in batches (n, length). What is
+    finished outlives a crash in `kept`. `progress` (title, total) is entered for a long phase, and gives what is called
+    for each of `total` Linears."""
+
+    engine: Shards
+    architecture: Architecture
+    text: Callable[[int], Sequence[Tensor]]
+    kept: Kept | None = None
+    progress: Callable[[str, int], AbstractContextManager[Callable[[], object]]] = _silent
+
+    def statistics(
+        self, method: Any, shapes: Mapping[str, Shape], names: Collection[str]
+    ) -> Iterator[tuple[Collection[str], Mapping[str, Statistic]]]:
+        """The Linears `names` in the parts in which they are decomposed, and what the method needs to know of those of
+        a part that this rank owns. A collective."""
+        if method.statistics is None:
+            yield names, NONE
+        elif hasattr(self.engine, "model"):
+            yield from collect(
+                cast(Live, self.engine), method.statistics, shapes, names, self.text(method.calibration_tokens)
+            )
+        else:
+            yield from collect_in_order(self.engine, self.blocks(method), KINDS[method.statistics], shapes, names)
+
+    def blocks(self, method: Any) -> Iterator[Block]:
+        """The blocks of the model in order, with what the calibration text gives each."""
+        return walk(self.architecture, gathered(self.engine), self.text(method.calibration_tokens), self.engine.device)
+
+
+@dataclass
+class Allocated:
+    """The ranks of each model that is asked for, and the decompositions that they were found by."""
+
+    ranks: list[Ranks]
+    spectra: Spectra | None = None
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """`method` makes the factors. `allocation` (a name of `ALLOCATIONS`) splits a ratio into ranks, which are multiples
+    of `multiple`; one of MEASURING measures losses on `loss_tokens` of text."""
+
+    method: Factorizer
+    allocation: str
+    multiple: int
+    loss_tokens: int | None
+
+    def needs(self, by_ratio: bool = True) -> Needs:
+        """What is looked at; `by_ratio`: the ranks are not given but follow from a ratio."""
+        spectra, in_order = by_ratio and self.allocation in SPECTRAL, self.method.sequential
+        statistics = self.method.statistics if spectra or not in_order else None
+        return Needs(spectra, statistics, by_ratio and self.allocation in MEASURING, in_order)
+
+    def even(self, shapes: Mapping[str, Shape], ratio: float) -> Ranks:
+        """The ranks of `uniform`, which are known before any weight is: other allocations share out the same sum.
+        Raises AllocationError."""
+        return self._some(uniform(shapes, ratio, self.multiple), ratio)
+
+    def allocate(self, source: Source, shapes: Mapping[str, Shape], wanted: Sequence[float | Ranks]) -> Allocated:
+        """The ranks of each model that is `wanted`, of that ratio or with these ranks. A collective. Raises
+        AllocationError and DecompositionError, on every rank alike."""
+        needs = self.needs(by_ratio=any(isinstance(one, float) for one in wanted))
+        spectra = self._spectra(source, shapes) if needs.spectra else None
+        measured = None
+        if spectra and needs.losses:
+            assert self.loss_tokens is not None
+            with source.progress("measure losses", len(shapes)) as step:
+                text = source.text(self.loss_tokens)
+                measured = measure(cast(Live, source.engine), spectra, shapes, text, lambda name: step())
+        values = spectra.values if spectra else None
+
+        def ranks(ratio: float) -> Ranks:
+            return self._some(ALLOCATIONS[self.allocation](shapes, ratio, self.multiple, values, measured), ratio)
+
+        return Allocated([ranks(one) if isinstance(one, float) else one for one in wanted], spectra)
+
+    def factors(
+        self, source: Source, shapes: Mapping[str, Shape], allocated: Allocated
+    ) -> Iterator[tuple[int, Decomposed]]:
+        """The factors of those Linears whose rank changes, as shards, each with the place of its model in `allocated`:
+        model by model where the method goes in order, else Linear by Linear. The spectra of `allocated` are used up. A
+        collective at each step. Raises DecompositionError, on every rank alike."""
+        todo, spectra = [changes(shapes, ranks) for ranks in allocated.ranks], allocated.spectra
+        allocated.spectra = None  # it holds all that was decomposed, and its memory is needed
+        if self.method.sequential:
+            del spectra
+            in_order = cast(Any, self.method).in_order
+            for i, ranks in enumerate(todo):
+                for made in in_order(source.engine, lambda: source.blocks(self.method), shapes, ranks, source.kept):
+                    yield i, made
+        elif spectra:
+            yield from _cut(spectra, todo, [name for name in shapes if any(name in ranks for ranks in todo)])
+        else:
+            yield from self._decomposed(source, shapes, todo)
+
+    def _decomposed(
+        self, source: Source, shapes: Mapping[str, Shape], todo: Sequence[Ranks]
+    ) -> Iterator[tuple[int, Decomposed]]:
+        """Each Linear is decomposed once and cut for every model. For several models, the Linears of one part are kept
+        decomposed meanwhile."""
+        names = [name for name in shapes if any(name in ranks for ranks in todo)]
+        for part, statistics in source.statistics(self.method, shapes, names):
+            if len(todo) == 1:
+                ranks = {name: todo[0][name] for name in part}
+                yield from (
+                    (0, made) for made in decompose(source.engine, shapes, ranks, self.method, statistics, source.kept)
+                )
+                continue
+            for few in [part] if statistics else [[name] for name in part]:
+                spectra = Spectra(source.engine, shapes, self.method, source.kept)
+                spectra.add(few, statistics)
+                yield from _cut(spectra, todo, few)
+
+    def _spectra(self, source: Source, shapes: Mapping[str, Shape]) -> Spectra:
+        """All Linears decomposed, by the statistics of the model as it stands."""
+        spectra = Spectra(source.engine, shapes, self.method, source.kept)
+        with source.progress("decompose", len(shapes)) as step:
+            for part, statistics in source.statistics(self.method, shapes, shapes):
+                spectra.add(part, statistics, lambda name: step())
+        return spectra
+
+    def _some(self, ranks: Ranks, ratio: float) -> Ranks:
+        if ratio > 1 and not ranks:
+            raise AllocationError(
+                f"ranks.multiple: at {ratio:g}x every rank is below {self.multiple}; choose a smaller multiple"
+            )
+        return ranks
+
+
+def _cut(spectra: Spectra, todo: Sequence[Ranks], names: Collection[str]) -> Iterator[tuple[int, Decomposed]]:
+    """The factors of the Linears `names` for every model of `todo`."""
+    if len(todo) == 1:
+        yield from ((0, made) for made in spectra.cut({name: todo[0][name] for name in names}))
+        return
+    for name in names:
+        for i, ranks in enumerate(todo):
+            if name in ranks:
+                yield from ((i, made) for made in spectra.cut({name: ranks[name]}))

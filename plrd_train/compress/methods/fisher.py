@@ -1,0 +1,35 @@
+"""`fisher`: the best pair where an error counts by how much the loss depends on its input channel (FWSVD, arXiv
+2207.00112, section 3).
+
+The paper weights the rows of W in y = x W, which are the columns of a Linear's weight.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from plrd_train.compress.algebra.metrics import by_channel
+from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product, peak_bytes
+from plrd_train.compress.methods import Statistic
+from plrd_train.compress.ranks import Shape
+
+
+@dataclass(frozen=True)
+class Factorizer:
+    """An input channel counts by the root of its empirical Fisher information on `calibration_tokens` of the training
+    corpus."""
+
+    sequential: ClassVar[bool] = False
+    statistics: ClassVar[str | None] = "gradients"
+
+    calibration_tokens: int
+
+    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+        return of_dense(weight, right=by_channel(statistic.sqrt()))
+
+    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+        return of_product(up, down, right=by_channel(statistic.sqrt()))
+
+    def peak_bytes(self, shape: Shape) -> int:
+        return peak_bytes(shape)

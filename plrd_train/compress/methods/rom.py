@@ -1,0 +1,56 @@
+"""`rom`: the principal components of each Linear's outputs, in order (reduced order modelling, LLM-ROM, arXiv
+2312.07046, section 2).
+
+With the eigenvectors V of E[y y^T], y = W x, on calibration text, W ≈ V_r (V_r^T W), where x is what the Linear is
+given once those before it are factored. That is the pair whose outputs are nearest to the Linear's own, and is found as
+such, without the outputs themselves, by the moment of x. The two factors come out balanced, where the paper leaves V_r
+orthonormal.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from plrd_train.compress.algebra.metrics import whitened_peak_bytes, whitening
+from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product
+from plrd_train.compress.blocks import Block
+from plrd_train.compress.finished import block_by_block
+from plrd_train.compress.methods import Statistic
+from plrd_train.compress.owned import Kept
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import Decomposed, Shards
+from plrd_train.compress.sequential import factor_block
+
+
+@dataclass(frozen=True)
+class Factorizer:
+    """`calibration_tokens` of the training corpus tell the inputs."""
+
+    sequential: ClassVar[bool] = True
+    trains_blocks: ClassVar[bool] = False
+    statistics: ClassVar[str | None] = "inputs"
+
+    calibration_tokens: int
+
+    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+        return of_dense(weight, right=whitening(statistic))
+
+    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+        return of_product(up, down, right=whitening(statistic))
+
+    def in_order(
+        self,
+        engine: Shards,
+        walk: Callable[[], Iterator[Block]],
+        shapes: Mapping[str, Shape],
+        ranks: Mapping[str, int],
+        kept: Kept | None = None,
+    ) -> Iterator[Decomposed]:
+        return block_by_block(
+            engine, [walk()], shapes, ranks, self, lambda block: factor_block(engine, block, shapes, ranks, self), kept
+        )
+
+    def peak_bytes(self, shape: Shape) -> int:
+        return whitened_peak_bytes(shape)

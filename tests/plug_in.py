@@ -1,0 +1,57 @@
+"""A plug-in: a package of its own, laid out as plrd_train, with one file a component and at most one YAML."""
+
+from pathlib import Path
+
+# Each component differs from ours in something that a run leaves behind.
+FILES = {
+    "conf/form/halves.yaml": "name: halves\n",
+    "compress/forms/halves.py": """
+from plrd_train.compress.forms.lowrank import PACKS, Linear, loaded, pack, pack_bytes, stored
+
+
+def params(out_features, in_features, rank):  # half of what the pair costs, so that ranks are twice as large
+    return rank * (out_features + in_features) // 2
+
+
+def most_rank(out_features, in_features, params):
+    return min(int(2 * params / (out_features + in_features)), out_features, in_features)
+""",
+    "conf/factorizer/scaled.yaml": "name: scaled\nscale: 0.5\n",
+    "compress/methods/scaled.py": """
+from dataclasses import dataclass
+
+from plrd_train.compress.methods.svd import Factorizer as Svd
+
+
+@dataclass(frozen=True)
+class Factorizer(Svd):
+    scale: float
+
+    def dense(self, weight, statistic=None):
+        return super().dense(weight * self.scale)
+""",
+    "conf/objective/halved.yaml": "name: halved\n",
+    "recover/objectives/halved.py": """
+from dataclasses import dataclass
+
+from plrd_train.recover.objectives.ce import Objective as CrossEntropy
+
+
+@dataclass(frozen=True)
+class Objective(CrossEntropy):
+    def __call__(self, model, input_ids):
+        return super().__call__(model, input_ids) / 2
+""",
+}
+
+
+def install(folder: Path, name: str = "mine", files: dict[str, str] = FILES) -> None:
+    """Put the package `name` into `folder`, as pip would: with it on PYTHONPATH, its entry point is found."""
+    for path, content in {"__init__.py": "", **files}.items():
+        file = folder / name / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    metadata = folder / f"{name}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[plrd_train]\n{name} = {name}\n")
