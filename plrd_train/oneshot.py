@@ -22,9 +22,10 @@ from torch import Tensor
 from plrd_train.compress import forms
 from plrd_train.compress.blocks import Alone, blocks_of
 from plrd_train.compress.budget import last_blocks
-from plrd_train.compress.compressor import Allocated, AllocationError, Needs, Ranks, Source
+from plrd_train.compress.compressor import Allocated, Needs, Ranks, Source
+from plrd_train.compress.contracts import AllocationError, Decomposed, DecompositionError
 from plrd_train.compress.kept import KeptFactors
-from plrd_train.compress.rounds import Decomposed, DecompositionError, changes
+from plrd_train.compress.rounds import changes
 from plrd_train.config.schema import Config
 from plrd_train.errors import UserError
 from plrd_train.evaluate.published import open_published

@@ -20,18 +20,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from plrd_train.compress.algebra.factors import symmetrized
+from plrd_train.compress.contracts import DecompositionError, Live, Shards
 from plrd_train.compress.methods import Statistic
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import DecompositionError, Shards, owners
+from plrd_train.compress.rounds import owners
 
 WINDOW_BYTES = 8 * 2**30
-
-
-class Live(Shards, Protocol):
-    """A sharded causal LM of transformers that can run: every engine."""
-
-    @property
-    def model(self) -> nn.Module: ...
 
 
 class Kind(Protocol):

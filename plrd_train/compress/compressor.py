@@ -11,20 +11,16 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from plrd_train.compress.blocks import Architecture, Block, gathered, walk
-from plrd_train.compress.calibration import KINDS, Live, collect
+from plrd_train.compress.blocks import gathered, walk
+from plrd_train.compress.calibration import KINDS, collect
+from plrd_train.compress.contracts import AllocationError, Architecture, Block, Cache, Decomposed, Live, Shards
 from plrd_train.compress.methods import Factorizer, Statistic
-from plrd_train.compress.owned import Kept
 from plrd_train.compress.ranks import ALLOCATIONS, MEASURING, SPECTRAL, Shape, uniform
-from plrd_train.compress.rounds import NONE, Decomposed, Shards, Spectra, changes, decompose
+from plrd_train.compress.rounds import NONE, Spectra, changes, decompose
 from plrd_train.compress.sensitivity import measure
 from plrd_train.compress.sequential import collect_in_order
 
 Ranks = dict[str, int]
-
-
-class AllocationError(ValueError):
-    """Ranks that nothing comes of; the message names the key."""
 
 
 def _silent(title: str, total: int) -> AbstractContextManager[Callable[[], object]]:
@@ -66,7 +62,7 @@ class Source:
     engine: Shards
     architecture: Architecture
     text: Callable[[int], Sequence[Tensor]]
-    kept: Kept | None = None
+    kept: Cache | None = None
     progress: Callable[[str, int], AbstractContextManager[Callable[[], object]]] = _silent
 
     def statistics(

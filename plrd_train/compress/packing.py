@@ -8,10 +8,10 @@ from torch import Tensor
 
 from plrd_train.compress import forms
 from plrd_train.compress.algebra.factors import Factors
-from plrd_train.compress.calibration import Live
+from plrd_train.compress.contracts import Decomposed, Live
 from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, decompose
+from plrd_train.compress.rounds import decompose
 
 
 def packed(engine: Live, form: str) -> Iterator[Decomposed]:

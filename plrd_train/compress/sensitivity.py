@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plrd_train.compress.blocks import gathered
-from plrd_train.compress.calibration import Live, hooked, in_step, logits_of
+from plrd_train.compress.calibration import hooked, in_step, logits_of
+from plrd_train.compress.contracts import DecompositionError, Live
 from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.ranks import Measured, Shape
-from plrd_train.compress.rounds import DecompositionError, Spectra
+from plrd_train.compress.rounds import Spectra
 
 # The share of its present parameters that a Linear is measured at. More than one such measurement of each bettered
 # little (docs/log.md).

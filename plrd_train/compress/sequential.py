@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from plrd_train.compress.algebra.truncate import Factors, Spectral
-from plrd_train.compress.blocks import Block
 from plrd_train.compress.calibration import KINDS, Kind, Sum, distinct_inputs, hooked
+from plrd_train.compress.contracts import Block, Decomposed, DecompositionError, Shards
 from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.methods import Factorizer, Statistic
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, DecompositionError, Shards, agreed, everywhere, owners
+from plrd_train.compress.rounds import agreed, everywhere, owners
 from plrd_train.compress.surgery import replace_linears
 
 

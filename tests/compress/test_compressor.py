@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from plrd_train.compress.blocks import Alone
-from plrd_train.compress.compressor import Allocated, AllocationError, Compressor, Needs, Source
+from plrd_train.compress.compressor import Allocated, Compressor, Needs, Source
+from plrd_train.compress.contracts import AllocationError
 from plrd_train.compress.methods import METHODS
 from plrd_train.compress.ranks import Shape, ratio_of
 from plrd_train.compress.surgery import eligible_linears

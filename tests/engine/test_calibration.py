@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from plrd_train.compress.calibration import KINDS, collect, distinct_inputs
+from plrd_train.compress.contracts import DecompositionError
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import DecompositionError
 from plrd_train.compress.surgery import eligible_linears
 
 TEXT = torch.randint(3, 64, (5, 11), generator=torch.Generator().manual_seed(1))

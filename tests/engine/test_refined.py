@@ -12,9 +12,10 @@ from sharded import factor as factor_by_svd
 
 from plrd_train.compress.blocks import Alone, gathered, walk
 from plrd_train.compress.calibration import collect
+from plrd_train.compress.contracts import DecompositionError
 from plrd_train.compress.methods.refined import RIDGE, Factorizer
 from plrd_train.compress.ranks import Shape, energy
-from plrd_train.compress.rounds import DecompositionError, Spectra
+from plrd_train.compress.rounds import Spectra
 from plrd_train.compress.surgery import eligible_linears
 from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus

@@ -2,18 +2,14 @@
 conf/factorizer/) adds the method."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from plrd_train.compress.algebra.truncate import Spectral
+from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.ranks import Shape
 from plrd_train.registry import Registry
-
-if TYPE_CHECKING:
-    from plrd_train.compress.blocks import Block
-    from plrd_train.compress.owned import Kept
-    from plrd_train.compress.rounds import Decomposed, Shards
 
 # What calibration text tells of one Linear, by `plrd_train.compress.calibration`: "inputs" is the second moment of its
 # input, (in, in); "magnitudes" the mean magnitude of each input channel and "gradients" the Fisher information of each,
@@ -56,12 +52,12 @@ class Sequential(Factorizer, Protocol):
 
     def in_order(
         self,
-        engine: "Shards",
-        walk: "Callable[[], Iterator[Block]]",
+        engine: Shards,
+        walk: Callable[[], Iterator[Block]],
         shapes: Mapping[str, Shape],
         ranks: Mapping[str, int],
-        kept: "Kept | None" = None,
-    ) -> "Iterator[Decomposed]":
+        kept: Cache | None = None,
+    ) -> Iterator[Decomposed]:
         """Factor every Linear named in `ranks` to that rank and yield its factors as shards, by
         `plrd_train.compress.finished.block_by_block`. Each `walk` begins anew, over the weights of `engine` and all of
         the calibration text."""

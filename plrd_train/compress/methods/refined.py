@@ -26,14 +26,12 @@ from torch import Tensor, nn
 from plrd_train.compress.algebra.factors import symmetrized
 from plrd_train.compress.algebra.metrics import FLOOR, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product, peak_bytes
-from plrd_train.compress.blocks import Block
 from plrd_train.compress.calibration import added_up
+from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.finished import block_by_block
 from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.methods import Statistic
-from plrd_train.compress.owned import Kept
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, Shards
 from plrd_train.compress.sequential import Made, Step, counted, factor, given, inside, steps
 
 # What counts as evidence that a channel is what it was, as a share of what the text gives of that channel. It lies well
@@ -83,7 +81,7 @@ class Factorizer:
         walk: Callable[[], Iterator[Block]],
         shapes: Mapping[str, Shape],
         ranks: Mapping[str, int],
-        kept: Kept | None = None,
+        kept: Cache | None = None,
     ) -> Iterator[Decomposed]:
         """`plrd_train.compress.methods.Sequential`. In memory are two blocks, the hidden states before each, and while
         a block is trained the gradients and moments of its factors."""

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from plrd_train.compress.algebra.metrics import whitened_peak_bytes, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product
-from plrd_train.compress.blocks import Block
+from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.finished import block_by_block
 from plrd_train.compress.methods import Statistic
-from plrd_train.compress.owned import Kept
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, Shards
 from plrd_train.compress.sequential import factor_block
 
 
@@ -46,7 +44,7 @@ class Factorizer:
         walk: Callable[[], Iterator[Block]],
         shapes: Mapping[str, Shape],
         ranks: Mapping[str, int],
-        kept: Kept | None = None,
+        kept: Cache | None = None,
     ) -> Iterator[Decomposed]:
         return block_by_block(
             engine, [walk()], shapes, ranks, self, lambda block: factor_block(engine, block, shapes, ranks, self), kept
