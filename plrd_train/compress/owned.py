@@ -10,14 +10,14 @@ from torch import Tensor
 from plrd_train.compress.algebra.factors import ROWS, Factors
 from plrd_train.compress.algebra.truncate import Spectral
 from plrd_train.compress.contracts import Cache
-from plrd_train.compress.methods import Factorizer, Statistic
+from plrd_train.compress.methods import Factorizer
 
 
 class Weight:
     """A Linear on its owner, decomposed when that is first needed: never, where all that is asked for was kept."""
 
     def __init__(
-        self, name: str, parts: list[Tensor], statistic: Statistic | None, factorizer: Factorizer, kept: Cache | None
+        self, name: str, parts: list[Tensor], statistic: Tensor | None, factorizer: Factorizer, kept: Cache | None
     ):
         self._name, self._parts, self._statistic, self._factorizer, self._kept = (
             name,

@@ -27,7 +27,7 @@ class Packer:
     """A form as a method that keeps the rank and the product."""
 
     sequential: ClassVar[bool] = False
-    statistics: ClassVar[str | None] = None
+    statistic: ClassVar[str | None] = None
 
     form: str
 

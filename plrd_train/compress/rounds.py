@@ -19,11 +19,11 @@ from torch import Tensor
 
 from plrd_train.compress.algebra.truncate import Factors
 from plrd_train.compress.contracts import Cache, Decomposed, DecompositionError, Shards
-from plrd_train.compress.methods import Factorizer, Statistic
+from plrd_train.compress.methods import Factorizer
 from plrd_train.compress.owned import Weight
 from plrd_train.compress.ranks import Shape
 
-NONE: Mapping[str, Statistic] = MappingProxyType({})
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 # What a weight that cannot be factored, and a folder in which factors cannot be kept, raise.
 _FAILURES = (ValueError, OSError, torch.linalg.LinAlgError)
 
@@ -88,7 +88,7 @@ def decompose(
     shapes: Mapping[str, Shape],
     ranks: Mapping[str, int],
     factorizer: Factorizer,
-    statistics: Mapping[str, Statistic] = NONE,
+    statistics: Mapping[str, Tensor] = NONE,
     kept: Cache | None = None,
 ) -> Iterator[Decomposed]:
     """Factor every Linear named in `ranks` to that rank over the live sharded model, which is left as it is.
@@ -121,7 +121,7 @@ class Spectra:
     def add(
         self,
         names: Collection[str],
-        statistics: Mapping[str, Statistic] = NONE,
+        statistics: Mapping[str, Tensor] = NONE,
         on_done: Callable[[str], object] = lambda name: None,
     ) -> None:
         """Decompose the Linears `names`; otherwise as `decompose`."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from plrd_train.compress.allocations import ALLOCATIONS
 from plrd_train.compress.blocks import Alone
 from plrd_train.compress.compressor import Allocated, Compressor, Needs, Source
 from plrd_train.compress.contracts import AllocationError
@@ -25,8 +26,9 @@ SETTINGS = {
 
 
 def compressor(name, allocation="uniform", multiple=1):
+    tokens = {"tokens": 36} if allocation == "sensitivity" else {}
     return Compressor(
-        METHODS.settings_of(name)(**SETTINGS[name]), allocation, multiple, 36 if allocation == "sensitivity" else None
+        METHODS.settings_of(name)(**SETTINGS[name]), ALLOCATIONS.settings_of(allocation)(multiple, **tokens)
     )
 
 

@@ -11,11 +11,6 @@ from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.ranks import Shape
 from plrd_train.registry import Registry
 
-# What calibration text tells of one Linear, by `plrd_train.compress.calibration`: "inputs" is the second moment of its
-# input, (in, in); "magnitudes" the mean magnitude of each input channel and "gradients" the Fisher information of each,
-# (in,).
-Statistic = Tensor
-
 
 class Factorizer(Protocol):
     """What each file here defines, as a frozen dataclass named `Factorizer` whose fields are the method's own
@@ -25,12 +20,12 @@ class Factorizer(Protocol):
     """Whether a Linear is factored on the inputs that the Linears before it give once they are factored: then it is
     `Sequential`."""
 
-    statistics: ClassVar[str | None]
-    """What it needs to know of each Linear: the name of a Statistic, or None. A method that needs one has a setting
-    `calibration_tokens`."""
+    statistic: ClassVar[str | None]
+    """The name of the statistic (`plrd_train.compress.statistics`) that it needs of each Linear; None: none. A method
+    that needs one has a setting `calibration_tokens`."""
 
     def dense(self, weight: Tensor, statistic: Any) -> Spectral:
-        """Decompose a dense `weight` (out, in). `statistic` is the Statistic that `statistics` names, or None."""
+        """Decompose a dense `weight` (out, in). `statistic` is the Linear's statistic of that name, or None."""
         ...
 
     def product(self, up: Tensor, down: Tensor, statistic: Any) -> Spectral:

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from plrd_train.compress.algebra.factors import symmetrized
 from plrd_train.compress.algebra.metrics import FLOOR, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product, peak_bytes
-from plrd_train.compress.calibration import added_up
+from plrd_train.compress.collect import added_up
 from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.finished import block_by_block
 from plrd_train.compress.linear import LowRankLinear
-from plrd_train.compress.methods import Statistic
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.sequential import Made, Step, counted, factor, given, inside, steps
 
@@ -50,7 +49,7 @@ class Factorizer:
 
     sequential: ClassVar[bool] = True
     trains_blocks: ClassVar[bool] = True
-    statistics: ClassVar[str | None] = "inputs"
+    statistic: ClassVar[str | None] = "inputs"
 
     calibration_tokens: int
     epochs: int
@@ -62,10 +61,10 @@ class Factorizer:
             if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
 
-    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+    def dense(self, weight: Tensor, statistic: Tensor) -> Spectral:
         return of_dense(weight, right=whitening(statistic))
 
-    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+    def product(self, up: Tensor, down: Tensor, statistic: Tensor) -> Spectral:
         return of_product(up, down, right=whitening(statistic))
 
     def peak_bytes(self, shape: Shape) -> int:

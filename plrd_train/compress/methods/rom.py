@@ -17,7 +17,6 @@ from plrd_train.compress.algebra.metrics import whitened_peak_bytes, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product
 from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.finished import block_by_block
-from plrd_train.compress.methods import Statistic
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.sequential import factor_block
 
@@ -28,14 +27,14 @@ class Factorizer:
 
     sequential: ClassVar[bool] = True
     trains_blocks: ClassVar[bool] = False
-    statistics: ClassVar[str | None] = "inputs"
+    statistic: ClassVar[str | None] = "inputs"
 
     calibration_tokens: int
 
-    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+    def dense(self, weight: Tensor, statistic: Tensor) -> Spectral:
         return of_dense(weight, right=whitening(statistic))
 
-    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+    def product(self, up: Tensor, down: Tensor, statistic: Tensor) -> Spectral:
         return of_product(up, down, right=whitening(statistic))
 
     def in_order(
