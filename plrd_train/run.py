@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from plrd_train.compress import forms
-from plrd_train.compress.compressor import AllocationError, Source
+from plrd_train.compress.compressor import Source
+from plrd_train.compress.contracts import AllocationError, Decomposed, DecompositionError
 from plrd_train.compress.kept import KeptFactors
 from plrd_train.compress.packing import packed
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, DecompositionError
 from plrd_train.config import resolved
 from plrd_train.config.schema import from_mapping
 from plrd_train.data.corpus import overlap, resolve_corpus

@@ -2,8 +2,8 @@
 work.
 
 An unknown key, a wrong type and an impossible value each raise a UserError of one line that names the key. The
-pluggable groups (factorizer, engine, objective) are checked against the settings that their own files declare, so that
-a new one edits nothing here.
+pluggable groups (form, factorizer, ranks, engine, objective) are checked against the settings that their own files
+declare, so that a new one edits nothing here.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from plrd_train.compress.allocations import ALLOCATIONS
 from plrd_train.compress.compressor import Compressor
 from plrd_train.compress.forms import FORMS
 from plrd_train.compress.methods import METHODS
-from plrd_train.compress.ranks import ALLOCATIONS, MEASURING
 from plrd_train.engine import ENGINES
 from plrd_train.errors import UserError
 from plrd_train.recover.objectives import OBJECTIVES
@@ -118,13 +118,6 @@ class Stages:
 
 
 @section
-class Ranks:
-    name: str
-    multiple: Positive
-    tokens: Positive | None  # of the text on which an allocation measures losses; null: it measures none
-
-
-@section
 class Recover:
     """One stage of fine-tuning. `branch` is the share of a stage's tokens in which a branch of the trunk is annealed to
     become the member; at 0, trunk and member are one. `lr` null: 0.1 / hidden size. `spike` and `patience` are those of
@@ -196,7 +189,7 @@ class Config:
     stages: Stages
     form: Chosen
     factorizer: Chosen
-    ranks: Ranks
+    ranks: Chosen
     recover: Recover
     checkpoint: Checkpoint
     objective: Chosen
@@ -206,11 +199,17 @@ class Config:
 
     def compressor(self) -> Compressor:
         """How the run compresses a model."""
-        return Compressor(self.factorizer.settings, self.ranks.name, self.ranks.multiple, self.ranks.tokens)
+        return Compressor(self.factorizer.settings, self.ranks.settings)
 
 
 # The groups whose files are components.
-_PLUGINS: dict[str, Registry] = {"form": FORMS, "factorizer": METHODS, "objective": OBJECTIVES, "engine": ENGINES}
+_PLUGINS: dict[str, Registry] = {
+    "form": FORMS,
+    "factorizer": METHODS,
+    "ranks": ALLOCATIONS,
+    "objective": OBJECTIVES,
+    "engine": ENGINES,
+}
 
 
 def from_mapping(source: Mapping[str, Any]) -> Config:
@@ -234,7 +233,7 @@ def _choose(group: str, value: Any) -> Chosen:
     names = registry.names()
     if not isinstance(value, Mapping) or "name" not in value:
         raise UserError(f"{group}: choose one of {', '.join(names)}")
-    options = {key: option for key, option in value.items() if key != "name"}
+    options = {key: _whole(option) for key, option in value.items() if key != "name"}
     if value["name"] not in names:
         raise UserError(f"{group}: there is no {value['name']!r}; choose one of {', '.join(names)}")
     kind = registry.settings_of(value["name"])
@@ -291,14 +290,6 @@ def _check_together(config: Config) -> None:
             f"stages.tokens: {len(stages.tokens)} budgets for the {len(stages.ratios)} ratios of stages.ratios; give "
             "one number for all, or one each"
         )
-    if config.ranks.name not in ALLOCATIONS:
-        raise UserError(f"ranks: there is no {config.ranks.name!r}; choose one of {', '.join(ALLOCATIONS)}")
-    if (config.ranks.tokens is None) == (config.ranks.name in MEASURING):
-        raise UserError(
-            f"ranks.tokens: {config.ranks.name} measures losses on text; give a number of tokens"
-            if config.ranks.tokens is None
-            else f"ranks.tokens: {config.ranks.name} measures nothing on text; leave it at null"
-        )
     if config.parent.attention == "flash_attention_2" and config.engine.settings.dtype == "fp32":
         raise UserError(
             "parent.attention: flash_attention_2 does not compute in float32; choose engine.dtype=bf16, or sdpa"
@@ -310,7 +301,7 @@ def _check_together(config: Config) -> None:
         )
     texts = {
         "factorizer.calibration_tokens": getattr(config.factorizer.settings, "calibration_tokens", None),
-        "ranks.tokens": config.ranks.tokens,
+        "ranks.tokens": getattr(config.ranks.settings, "tokens", None),
     }
     for key, tokens in texts.items():
         if tokens is not None and tokens < config.data.seq_len:
