@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plrd_train.config.schema import Recover
 from plrd_train.data.loader import Batch, Loader
 from plrd_train.engine import AdamW, Engine
 from plrd_train.recover.checkpoint import Snapshot
@@ -19,6 +18,7 @@ from plrd_train.recover.pauses import Pauses, Wish
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
 from plrd_train.recover.schedule import anneal, rate
+from plrd_train.recover.settings import Recover
 from plrd_train.runtime.exchange import Exchange
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from plrd_train.config.schema import Recover
+from plrd_train.recover.settings import Recover
 
 # Learning rate times hidden size. Fitted on the small parents of docs/recipes.md; that it carries over as 1 / width (as
 # in maximal update parametrization, arXiv 2203.03466) is untested at 7B.

@@ -9,7 +9,6 @@ from tiny_family import write_corpus
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plrd_train.config.schema import Checkpoint, Recover
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.loader import Loader
 from plrd_train.engine.fsdp import Options, open_engine
@@ -22,6 +21,7 @@ from plrd_train.recover.objectives.ce import Objective
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
+from plrd_train.recover.settings import Checkpoint, Recover
 from plrd_train.runtime.exchange import Exchange
 from plrd_train.runtime.stop import StopRequest
 

@@ -8,8 +8,9 @@ import math
 import pytest
 
 from plrd_train.config.compose import compose
-from plrd_train.config.schema import Recover, from_mapping
+from plrd_train.config.schema import from_mapping
 from plrd_train.recover.schedule import anneal, peak_rate, rate
+from plrd_train.recover.settings import Recover
 
 
 @functools.cache
