@@ -25,6 +25,7 @@ from plrd_train.errors import UserError
 from plrd_train.evaluate.settings import Evaluation
 from plrd_train.parents.settings import Parent
 from plrd_train.recover.objectives import OBJECTIVES
+from plrd_train.recover.schedules import SCHEDULES
 from plrd_train.recover.settings import Checkpoint, Recover
 from plrd_train.registry import Registry
 from plrd_train.settings import STRICT, Count, Positive, section
@@ -71,6 +72,7 @@ class Config:
     factorizer: Chosen
     ranks: Ranks
     recover: Recover
+    schedule: Chosen
     checkpoint: Checkpoint
     objective: Chosen
     engine: Chosen
@@ -81,9 +83,20 @@ class Config:
         """How the run compresses a model."""
         return Compressor(self.factorizer.settings, self.ranks.name, self.ranks.multiple, self.ranks.tokens)
 
+    def branches(self) -> bool:
+        """Whether the member of some stage is trained on a branch of the trunk, and so is another model than that."""
+        tokens = self.recover.global_batch_tokens // self.data.seq_len * self.data.seq_len
+        return any(self.schedule.settings.rates(budget // tokens, 1.0).branch for budget in self.stages.budgets())
+
 
 # The groups whose files are components.
-_PLUGINS: dict[str, Registry] = {"form": FORMS, "factorizer": METHODS, "objective": OBJECTIVES, "engine": ENGINES}
+_PLUGINS: dict[str, Registry] = {
+    "form": FORMS,
+    "factorizer": METHODS,
+    "schedule": SCHEDULES,
+    "objective": OBJECTIVES,
+    "engine": ENGINES,
+}
 
 
 def from_mapping(source: Mapping[str, Any]) -> Config:
