@@ -20,11 +20,11 @@ def most_rank(out_features, in_features, params):
     "compress/methods/scaled.py": """
 from dataclasses import dataclass
 
-from plrd_train.compress.methods.svd import Factorizer as Svd
+from plrd_train.compress.methods.svd import Method as Svd
 
 
 @dataclass(frozen=True)
-class Factorizer(Svd):
+class Method(Svd):
     scale: float
 
     def dense(self, weight, statistic=None):

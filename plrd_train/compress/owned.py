@@ -10,26 +10,24 @@ from torch import Tensor
 from plrd_train.compress.algebra.factors import ROWS, Factors
 from plrd_train.compress.algebra.truncate import Spectral
 from plrd_train.compress.contracts import Cache
-from plrd_train.compress.methods import Factorizer
+from plrd_train.compress.methods import Method
 
 
 class Weight:
     """A Linear on its owner, decomposed when that is first needed: never, where all that is asked for was kept."""
 
-    def __init__(
-        self, name: str, parts: list[Tensor], statistic: Tensor | None, factorizer: Factorizer, kept: Cache | None
-    ):
-        self._name, self._parts, self._statistic, self._factorizer, self._kept = (
+    def __init__(self, name: str, parts: list[Tensor], statistic: Tensor | None, method: Method, kept: Cache | None):
+        self._name, self._parts, self._statistic, self._method, self._kept = (
             name,
             parts,
             statistic,
-            factorizer,
+            method,
             kept,
         )
         self._made: Spectral | None = None
         self._key = ""
         if kept is not None:
-            self._key = fingerprint(method_of(factorizer), parts if statistic is None else [*parts, statistic])
+            self._key = fingerprint(method_of(method), parts if statistic is None else [*parts, statistic])
 
     def values(self) -> Tensor:
         """Its singular values in the metrics (`Spectral.values`)."""
@@ -45,9 +43,9 @@ class Weight:
             parts = self._parts if device is None else [part.to(device) for part in self._parts]
             dense, statistic = len(parts) == 1, self._statistic
             self._made = (
-                self._factorizer.dense(parts[0], statistic)
+                self._method.dense(parts[0], statistic)
                 if dense
-                else self._factorizer.product(parts[0], parts[1], statistic)
+                else self._method.product(parts[0], parts[1], statistic)
             )
             self._parts, self._statistic = [], None
         return self._made if device is None else self._made.to(device)
@@ -85,9 +83,9 @@ def fingerprint(said: str, tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def method_of(factorizer: Factorizer) -> str:
+def method_of(method: Method) -> str:
     """The method with its settings."""
-    return f"{type(factorizer).__module__} {factorizer!r}"
+    return f"{type(method).__module__} {method!r}"
 
 
 def packed(factors: Factors) -> dict[str, Tensor]:

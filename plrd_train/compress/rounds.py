@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plrd_train.compress.algebra.truncate import Factors
 from plrd_train.compress.contracts import Cache, Decomposed, DecompositionError, Shards
-from plrd_train.compress.methods import Factorizer
+from plrd_train.compress.methods import Method
 from plrd_train.compress.owned import Weight
 from plrd_train.compress.ranks import Shape
 
@@ -87,7 +87,7 @@ def decompose(
     engine: Shards,
     shapes: Mapping[str, Shape],
     ranks: Mapping[str, int],
-    factorizer: Factorizer,
+    method: Method,
     statistics: Mapping[str, Tensor] = NONE,
     kept: Cache | None = None,
 ) -> Iterator[Decomposed]:
@@ -100,7 +100,7 @@ def decompose(
     """
 
     def work(name: str, parts: list[Tensor]) -> Factors:
-        return Weight(name, parts, statistics.get(name), factorizer, kept).cut(ranks[name])
+        return Weight(name, parts, statistics.get(name), method, kept).cut(ranks[name])
 
     dealt = [dict(enumerate(names)) for names in rounds(shapes, ranks, engine.world_size)]
     for names, factors, reports in _in_rounds(engine, dealt, work, _report, shapes):
@@ -111,10 +111,10 @@ class Spectra:
     """The same in two phases, for ranks that depend on the spectra: `add` decomposes, `cut` factors. What is decomposed
     stays with its owner, in host memory: a weight of m x n takes about m n + min(m, n)^2 numbers of 4 bytes."""
 
-    def __init__(self, engine: Shards, shapes: Mapping[str, Shape], factorizer: Factorizer, kept: Cache | None = None):
+    def __init__(self, engine: Shards, shapes: Mapping[str, Shape], method: Method, kept: Cache | None = None):
         self.values: dict[str, Tensor] = {}
         """The singular values of each Linear added so far (`Spectral.values`), on every rank."""
-        self._engine, self._shapes, self._factorizer, self._kept = engine, shapes, factorizer, kept
+        self._engine, self._shapes, self._method, self._kept = engine, shapes, method, kept
         self._own: dict[str, Weight] = {}
         self._owners: dict[str, int] = {}
 
@@ -127,7 +127,7 @@ class Spectra:
         """Decompose the Linears `names`; otherwise as `decompose`."""
 
         def work(name: str, parts: list[Tensor]) -> Tensor:
-            self._own[name] = weight = Weight(name, parts, statistics.get(name), self._factorizer, self._kept)
+            self._own[name] = weight = Weight(name, parts, statistics.get(name), self._method, self._kept)
             values = weight.values()
             weight.rest()
             return values

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plrd_train.compress.contracts import Decomposed, DecompositionError
 from plrd_train.compress.kept import KeptFactors
-from plrd_train.compress.methods.svd import Factorizer
+from plrd_train.compress.methods.svd import Method
 from plrd_train.compress.rounds import Spectra, decompose, rounds
 
 both = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
@@ -39,7 +39,7 @@ def same(one: dict[str, tuple], other: dict[str, tuple]) -> bool:
 def in_two_phases(world, name, folder):
     engine = opened(world, name, folder)
     shapes = shapes_of(engine)
-    spectra, said = Spectra(engine, shapes, Factorizer()), []
+    spectra, said = Spectra(engine, shapes, Method()), []
     half = list(shapes)[: len(shapes) // 2]
     spectra.add(half, on_done=said.append)
     spectra.add([name for name in shapes if name not in half], on_done=said.append)
@@ -47,7 +47,7 @@ def in_two_phases(world, name, folder):
     for ratio in (2, 5):
         # Which stays dense.
         ranks = {name: rank for name, rank in ranks_of(shapes, ratio).items() if "k_proj" not in name}
-        assert same(shards(spectra.cut(ranks)), shards(decompose(engine, shapes, ranks, Factorizer())))
+        assert same(shards(spectra.cut(ranks)), shards(decompose(engine, shapes, ranks, Method())))
     return spectra.values
 
 
@@ -83,7 +83,7 @@ class Recorder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Noting(Factorizer):
+class Noting(Method):
     """svd that notes when it works."""
 
     events: ClassVar[list[str]] = []
