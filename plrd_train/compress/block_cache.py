@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from plrd_train.compress.algebra.factors import Factors
+from plrd_train.compress.algebra.gram import Factors
 from plrd_train.compress.contracts import BlockTask, Cache, FactorReport, Shards
+from plrd_train.compress.factor_cache import as_factors, as_tensors, digest, identity
 from plrd_train.compress.methods import Method
-from plrd_train.compress.owned import fingerprint, method_of, packed, unpacked
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.rounds import agreed, owners
 from plrd_train.compress.steps import pair_of, put_everywhere
@@ -34,7 +34,7 @@ class BlockCache:
         cache: Cache | None,
     ):
         self._engine, self._shapes, self._ranks, self._cache = engine, shapes, ranks, cache
-        self._key, self._text = method_of(method), ""
+        self._key, self._text = identity(method), ""
 
     def restore(self, task: BlockTask) -> dict[str, FactorReport] | None:
         """Put the cached factors of its Linears into the block, which is not factored yet. Returns None, and leaves the
@@ -43,7 +43,7 @@ class BlockCache:
         if cache is None:
             return None
         self._text = self._text or _digest_of(self._engine, block.inputs)
-        self._key = fingerprint(
+        self._key = digest(
             f"{self._key} {self._text} {[(name, self._ranks[name]) for name in names]}", block.module.parameters()
         )
         found: dict[str, Factors] = {}
@@ -52,7 +52,7 @@ class BlockCache:
             for name in self._own(names):
                 tensors = cache.get(self._entry(name), self._key)
                 if tensors is not None:
-                    found[name] = unpacked(tensors)
+                    found[name] = as_factors(tensors)
             return {name: (one.rel_error, one.metric_error) for name, one in found.items()}
 
         start = time.perf_counter()
@@ -73,7 +73,7 @@ class BlockCache:
             for name in reports.keys() & self._own(_names(task)):
                 report = reports[name]
                 factors = Factors(*pair_of(task.block, name), report.rel_error, report.metric_error)
-                cache.put(self._entry(name), self._key, packed(factors))
+                cache.put(self._entry(name), self._key, as_tensors(factors))
 
         if cache is not None:
             agreed(self._engine, write)

@@ -66,7 +66,7 @@ class Source:
     engine: Shards
     architecture: Architecture
     text: Callable[[int], Sequence[Tensor]]
-    kept: Cache | None = None
+    cache: Cache | None = None
     progress: Callable[[str, int], AbstractContextManager[Callable[[], object]]] = _silent
 
     def statistics(
@@ -142,7 +142,7 @@ class Compressor:
             method = cast(SequentialMethod, self.method)
             for i, ranks in enumerate(todo):
                 walk = partial(source.blocks, method)
-                for made in factor_in_order(source.engine, walk, shapes, ranks, method, source.kept):
+                for made in factor_in_order(source.engine, walk, shapes, ranks, method, source.cache):
                     yield i, made
         elif spectra:
             yield from _cut(spectra, todo, [name for name in shapes if any(name in ranks for ranks in todo)])
@@ -159,17 +159,17 @@ class Compressor:
             if len(todo) == 1:
                 ranks = {name: todo[0][name] for name in part}
                 yield from (
-                    (0, made) for made in decompose(source.engine, shapes, ranks, self.method, statistics, source.kept)
+                    (0, made) for made in decompose(source.engine, shapes, ranks, self.method, statistics, source.cache)
                 )
                 continue
             for few in [part] if statistics else [[name] for name in part]:
-                spectra = Spectra(source.engine, shapes, self.method, source.kept)
+                spectra = Spectra(source.engine, shapes, self.method, source.cache)
                 spectra.add(few, statistics)
                 yield from _cut(spectra, todo, few)
 
     def _spectra(self, source: Source, shapes: Mapping[str, Shape]) -> Spectra:
         """All Linears decomposed, by the statistics of the model as it stands."""
-        spectra = Spectra(source.engine, shapes, self.method, source.kept)
+        spectra = Spectra(source.engine, shapes, self.method, source.cache)
         with source.progress("decompose", len(shapes)) as step:
             for part, statistics in source.statistics(self.method, shapes, shapes):
                 spectra.add(part, statistics, lambda name: step())

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from plrd_train.compress import forms
-from plrd_train.compress.algebra.factors import Factors
+from plrd_train.compress.algebra.gram import Factors
 from plrd_train.compress.contracts import Decomposed, Live
 from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.ranks import Shape

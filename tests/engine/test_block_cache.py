@@ -11,7 +11,7 @@ from sharded import Dying, architecture, opened, shapes_of
 
 from plrd_train.compress.blocks import gathered, walk
 from plrd_train.compress.contracts import DecompositionError
-from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.factor_cache import FactorCache
 from plrd_train.compress.methods import refined, rom
 from plrd_train.compress.sequential import factor_in_order
 
@@ -41,7 +41,7 @@ class Refined(Noting, refined.Method):
     pass
 
 
-def factored(world, name, folder, method, kept_folder, store=KeptFactors, rank=10, text=TEXT, changed=None):
+def factored(world, name, folder, method, kept_folder, store=FactorCache, rank=10, text=TEXT, changed=None):
     """This rank's shards and errors, and how many Linears it has decomposed."""
     engine = opened(world, name, folder)
     if changed is not None:
@@ -96,7 +96,7 @@ def test_what_is_kept_serves_any_number_of_ranks_and_nothing_else(save_parent, t
     kept = tmp_path / "kept"
 
     def made(size: int = 1, **otherwise) -> int:
-        settings = {"store": KeptFactors, "rank": 10, "text": TEXT, "changed": None} | otherwise
+        settings = {"store": FactorCache, "rank": 10, "text": TEXT, "changed": None} | otherwise
         return counted(run_ranks(size, factored, "fsdp", folder, "rom", kept, *settings.values()))
 
     assert made(2) == 2 * BLOCK

@@ -18,7 +18,7 @@ import copy
 import torch
 from torch import Tensor
 
-from plrd_train.compress.algebra.factors import (
+from plrd_train.compress.algebra.gram import (
     ROWS,
     Factors,
     Metric,
@@ -38,7 +38,7 @@ from plrd_train.compress.algebra.factors import (
     tail,
     times_root,
 )
-from plrd_train.compress.algebra.product import balanced, balancing, factors, rebalanced
+from plrd_train.compress.algebra.product import balanced, balancing, rebalanced, scaled_pair
 
 # Above this relative error its square is known from the eigenvalues to some 1e-4 of itself; below, it is measured.
 _KNOWN = 0.1
@@ -91,7 +91,7 @@ class Dense:
             error = self._error(up, down)
         if self._wide:
             up, down = down.T, up.T
-        return factors(up, down, self._scale, error, metric_error)
+        return scaled_pair(up, down, self._scale, error, metric_error)
 
     def to(self, device: torch.device) -> "Dense":
         moved = copy.copy(self)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plrd_train.compress.algebra.dense import Dense
-from plrd_train.compress.algebra.factors import ABSOLUTE, RELATIVE, Factors, Metric, Moment
+from plrd_train.compress.algebra.gram import ABSOLUTE, RELATIVE, Factors, Metric, Moment
 from plrd_train.compress.algebra.product import Product
 
 __all__ = [

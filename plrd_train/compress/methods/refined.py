@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plrd_train.compress.algebra.factors import symmetrized
+from plrd_train.compress.algebra.gram import symmetrized
 from plrd_train.compress.algebra.metrics import FLOOR, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product, peak_bytes
 from plrd_train.compress.collect import added_up
