@@ -45,7 +45,7 @@ class Shards(Protocol):
         engine shards a parameter of that shape."""
         ...
 
-    def share(self, value: object) -> list:
+    def share(self, value: object) -> list[Any]:
         """The small picklable `value` of every rank, in rank order, on every rank."""
         ...
 
@@ -93,7 +93,8 @@ class Block:
         """The hidden states (n, length, hidden) that the block returns for that batch."""
         args, kwargs = self.calls[batch]
         output = self.module(self.inputs[batch], *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:

@@ -38,7 +38,8 @@ class Packer:
         return _Packed(*forms.get(self.form).pack(up, down))
 
     def peak_bytes(self, shape: Shape) -> int:
-        return forms.get(self.form).pack_bytes(shape.out_features, shape.in_features, shape.rank or 0)
+        size: int = forms.get(self.form).pack_bytes(shape.out_features, shape.in_features, shape.rank or 0)
+        return size
 
 
 @dataclass(frozen=True)

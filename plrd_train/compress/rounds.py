@@ -36,7 +36,7 @@ def everywhere(engine: Shards, tensor: Tensor | None, shape: tuple[int, ...], ow
     return whole
 
 
-def agreed(engine: Shards, work: Callable[[], Any]) -> list:
+def agreed(engine: Shards, work: Callable[[], Any]) -> list[Any]:
     """What `work` gives on every rank, in rank order. A collective; raises DecompositionError, on every rank alike,
     where it fails on one."""
     try:
@@ -46,7 +46,7 @@ def agreed(engine: Shards, work: Callable[[], Any]) -> list:
     return _settled(engine, value, failure)
 
 
-def _settled(engine: Shards, value: Any, failure: str | None) -> list:
+def _settled(engine: Shards, value: Any, failure: str | None) -> list[Any]:
     """The `value` of every rank, in rank order. A collective; raises DecompositionError, on every rank alike, where one
     has a `failure`."""
     reports = engine.share((value, failure))

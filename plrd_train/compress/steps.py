@@ -99,7 +99,7 @@ def input_of(block: Block, linear: str, batch: int) -> Tensor:
 def total_tokens(engine: Shards, step: Step, count: int) -> int:
     """The sum over the ranks of `count`, the tokens that a rank has added to its sum. A collective. Raises
     DecompositionError where it is 0."""
-    total = sum(engine.share(count))
+    total: int = sum(engine.share(count))
     if not total:
         raise DecompositionError(f"{step.names[0]}: no token of the calibration text reaches it")
     return total

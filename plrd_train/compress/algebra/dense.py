@@ -68,7 +68,8 @@ class Dense:
 
     @property
     def values(self) -> Tensor:
-        return self._squares.double().clamp_min(0).sqrt().cpu() * self._measure
+        values: Tensor = self._squares.double().clamp_min(0).sqrt().cpu() * self._measure
+        return values
 
     def cut(self, rank: int) -> Factors:
         m, n = self._weight.shape

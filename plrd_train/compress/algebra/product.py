@@ -184,7 +184,8 @@ def _square_norm(matrix: Tensor) -> float:
     vector = torch.linalg.vector_norm(matrix, dim=0)
     for _ in range(10):
         vector = matrix.T @ (matrix @ (vector / vector.norm()))
-    return vector.norm().item()
+    square: float = vector.norm().item()
+    return square
 
 
 @dataclass(frozen=True)

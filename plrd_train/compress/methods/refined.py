@@ -145,7 +145,8 @@ def anchoring(moment: Tensor, cross: Tensor) -> Tensor:
     ridge = RIDGE * squares.clamp_min(FLOOR * squares.max().item() or 1.0)
     for sums in (moment, cross):
         sums.diagonal().add_(ridge)
-    return torch.linalg.solve(moment, cross.T).T
+    solution: Tensor = torch.linalg.solve(moment, cross.T)
+    return solution.T
 
 
 def _anchored(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
@@ -203,7 +204,8 @@ def _add_up(engine: Shards, factors: Sequence[nn.Parameter]) -> None:
 
 def _error(engine: Shards, block: Block, targets: Sequence[Tensor]) -> float:
     """The squared error of the block's outputs over all ranks."""
-    return sum(engine.share(_square(block.run(batch) - target for batch, target in enumerate(targets))))
+    total: float = sum(engine.share(_square(block.run(batch) - target for batch, target in enumerate(targets))))
+    return total
 
 
 def _square(tensors: Iterable[Tensor]) -> float:
