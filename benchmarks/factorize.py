@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks import Row, device, seconds
 from plrd_train.compress.algebra.factors import Factors
 from plrd_train.compress.algebra.truncate import of_dense, of_product
-from plrd_train.compress.ranks import Shape, uniform
+from plrd_train.compress.allocations.uniform import Allocation
+from plrd_train.compress.ranks import Shape
 
 # The Linears of a block of Llama-7B and Mistral-7B (out, in), whole where a GPU is, and a quarter as wide on a CPU.
 SHAPES = {
@@ -162,7 +163,7 @@ def _rank(rank: int, size: int, folder: Path, taken: dict) -> None:
         parent = Parent(str(folder), None, str(folder), dict.fromkeys(weights.keys(), "model.safetensors"))
     engine.load(HubArchitecture(load_config(parent)), WeightReader(parent))
     shapes = {name: Shape.of(linear) for name, linear in eligible_linears(engine.model)}
-    ranks = uniform(shapes, RATIO)
+    ranks = Allocation(1).ranks(shapes, RATIO)
 
     def work() -> None:
         world.share(None)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from benchmarks import Row
 from plrd_train.compress.algebra.truncate import Spectral
-from plrd_train.compress.calibration import collect
+from plrd_train.compress.collect import collect
 from plrd_train.compress.forms import pifa
 from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.methods.whitened import Factorizer

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from plrd_train.compress.compressor import Ranks
+from plrd_train.compress.contracts import Decomposed
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed
 from plrd_train.recover.progress import Progress
 from plrd_train.run import Run, Stage
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from plrd_train.compress import forms
 from plrd_train.compress.blocks import Alone, blocks_of
 from plrd_train.compress.budget import last_blocks
-from plrd_train.compress.compressor import Allocated, AllocationError, Needs, Ranks, Source
+from plrd_train.compress.compressor import Allocated, Needs, Ranks, Source
+from plrd_train.compress.contracts import AllocationError, Decomposed, DecompositionError
 from plrd_train.compress.kept import KeptFactors
-from plrd_train.compress.rounds import Decomposed, DecompositionError, changes
+from plrd_train.compress.rounds import changes
 from plrd_train.config.schema import Config
 from plrd_train.errors import UserError
 from plrd_train.evaluate.published import open_published
@@ -79,7 +80,7 @@ class OneShot:
     def of_budget(self, budget: float) -> Ranks:
         """The ranks of a member that keeps that share of all parameters (LLM-ROM)."""
         try:
-            return last_blocks(self.shapes, self.blocks, self.params, budget, self._compressor.multiple)
+            return last_blocks(self.shapes, self.blocks, self.params, budget, self._compressor.allocation.multiple)
         except ValueError as error:
             raise UserError(f"--budget: {error}; give a larger one") from None
 
@@ -168,7 +169,7 @@ class OneShot:
                 yield lambda: bar.update(1)
 
         engine: Any = Alone(self._reader.read, self._device)
-        if needs.whole_model or (needs.statistics and probed(self.hub_config).unchained):
+        if needs.whole_model or (needs.statistic and probed(self.hub_config).unchained):
             model = open_published(self._parent, torch.float32).model
             engine = _Whole(self._reader.read, self._device, model=model)
         kept = self.kept if needs.in_order else None

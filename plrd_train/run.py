@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from plrd_train.compress import forms
-from plrd_train.compress.compressor import AllocationError, Source
+from plrd_train.compress.compressor import Source
+from plrd_train.compress.contracts import AllocationError, Decomposed, DecompositionError
 from plrd_train.compress.kept import KeptFactors
 from plrd_train.compress.packing import packed
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, DecompositionError
 from plrd_train.config import resolved
 from plrd_train.config.schema import from_mapping
 from plrd_train.data.corpus import overlap, resolve_corpus
@@ -38,7 +38,6 @@ from plrd_train.recover.guard import Guard
 from plrd_train.recover.loop import Recovered, optimizer_of
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.progress import Counters, Progress, UnderWay
-from plrd_train.recover.schedule import peak_rate
 from plrd_train.report.page import write_report
 from plrd_train.report.signatures import signs
 from plrd_train.runtime.stop import Stopped, StopRequest
@@ -254,7 +253,7 @@ class Run:
     def recover(self, stage: Stage, progress: Progress, under_way: UnderWay) -> tuple[Recovered, float]:
         """Train the trunk in the engine on the stage's budget, from where the stage stands. Returns with it the seconds
         of training, of earlier starts too. Raises Stopped if that is asked for."""
-        peak = peak_rate(self.config.recover, self._parent_config.get_text_config().hidden_size)
+        peak = self.config.recover.peak_rate(self._parent_config.get_text_config().hidden_size)
         trunk, self._branch_of = self._branch_of, None
         guard = Guard(self.config.recover, console.say, under_way.judged)
         start = time.perf_counter() - under_way.seconds

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plrd_train.config.schema import Config, Scratch
+from plrd_train.config.schema import Config
 from plrd_train.data.corpus import Corpus
 from plrd_train.data.embedded import train_tokenizer
 from plrd_train.data.loader import merge_positions
@@ -16,6 +16,7 @@ from plrd_train.engine import Engine
 from plrd_train.errors import UserError
 from plrd_train.parents.models import HubArchitecture, build_model, check_attention, described
 from plrd_train.parents.parent import Parent
+from plrd_train.parents.settings import Scratch
 from plrd_train.publish.members import publish
 from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.guard import Guard, Judged

@@ -100,6 +100,7 @@ def train(
             engine,
             loader,
             config.objective.settings,
+            config.schedule.settings,
             config.recover,
             seq_len,
             config.seed,

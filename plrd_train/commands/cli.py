@@ -157,9 +157,9 @@ def _held_out(given: argparse.Namespace, home: Path | None, config: Config | Non
     import yaml
 
     from plrd_train.config.compose import CONF
-    from plrd_train.config.schema import Evaluation
     from plrd_train.data.corpus import resolve_corpus
     from plrd_train.evaluate.held_out import HeldOut
+    from plrd_train.evaluate.settings import Evaluation
 
     settings = (
         config.evaluation

@@ -152,7 +152,7 @@ def _config(given: argparse.Namespace) -> Config:
     (source,) = compose([*(f"{key}={literal(str(value))}" for key, value in chosen.items()), *_OWN, *given.overrides])
     config = from_mapping(source)
     if config.compressor().needs().text and not given.calibration:
-        looks = f"--method {given.method}" if config.factorizer.settings.statistics else f"--ranks {given.ranks}"
+        looks = f"--method {given.method}" if config.factorizer.settings.statistic else f"--ranks {given.ranks}"
         raise UserError(f"--calibration: {looks} looks at text; give --calibration CORPUS")
     return config
 

@@ -8,61 +8,16 @@ part of the text.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plrd_train.compress.rounds import Shards, everywhere
+from plrd_train.compress.contracts import Architecture, Block, Call, Shards
+from plrd_train.compress.rounds import everywhere
 
 # The whole float32 parameter of that name and shape, on every rank alike.
 Read = Callable[[str, torch.Size], Tensor]
-# What a block is called with beside its hidden states.
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Architecture(Protocol):
-    """A causal LM's structure without its weights."""
-
-    def build(self) -> nn.Module: ...
-    def refill(self, model: nn.Module) -> None: ...
-
-    def outputs(self) -> Mapping[str, int]:
-        """{name of a block: the number of elements of the tuple that it returns, 0 for a tensor}. Raises
-        DecompositionError where the blocks cannot be run one after the other on nothing but the hidden states of the
-        block before."""
-        ...
-
-
-@dataclass
-class Block:
-    """One block while it is in memory: `module`, named `name` in the model, and its calls, one for each batch of this
-    rank.
-
-    `inputs` are the hidden states (n, length, hidden) that the blocks before it give, as they stand now, until
-    `outputs` puts its own in their place; `calls` the arguments beside them.
-    """
-
-    name: str
-    module: nn.Module
-    inputs: list[Tensor]
-    calls: list[Call]
-    ran: bool = False
-
-    def run(self, batch: int) -> Tensor:
-        """The hidden states that it gives of that batch."""
-        args, kwargs = self.calls[batch]
-        output = self.module(self.inputs[batch], *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    @torch.no_grad()
-    def outputs(self) -> list[Tensor]:
-        """The hidden states that it gives of each batch, in the place of the inputs, which are not needed again."""
-        if not self.ran:
-            for batch in range(len(self.inputs)):
-                self.inputs[batch] = self.run(batch)
-            self.ran = True
-        return self.inputs
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:

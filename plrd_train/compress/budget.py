@@ -3,7 +3,8 @@
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-from plrd_train.compress.ranks import Shape, uniform
+from plrd_train.compress.allocations.uniform import Allocation as Uniform
+from plrd_train.compress.ranks import Shape
 
 # The share of all parameters that is kept, and the share of the blocks that are factored for it: of LLaMA-7B's 32 the
 # last 24, 12 and 8, whose own budgets are then about 0.33, 0.46 and 0.60.
@@ -32,7 +33,8 @@ def last_blocks(
         left = now - (1 - budget) * params
         if left <= 0:
             continue
-        ranks = uniform(inside, sum(shape.dense_params for shape in inside.values()) / left, multiple)
+        ratio = sum(shape.dense_params for shape in inside.values()) / left
+        ranks = Uniform(multiple).ranks(inside, ratio)
         if sum(shape.params(ranks.get(name)) for name, shape in inside.items()) <= left:
             return ranks
     raise ValueError(

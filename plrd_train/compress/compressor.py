@@ -11,20 +11,19 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from plrd_train.compress.blocks import Architecture, Block, gathered, walk
-from plrd_train.compress.calibration import KINDS, Live, collect
-from plrd_train.compress.methods import Factorizer, Statistic
-from plrd_train.compress.owned import Kept
-from plrd_train.compress.ranks import ALLOCATIONS, MEASURING, SPECTRAL, Shape, uniform
-from plrd_train.compress.rounds import NONE, Decomposed, Shards, Spectra, changes, decompose
-from plrd_train.compress.sensitivity import measure
+from plrd_train.compress.allocations import Allocation, Measuring
+from plrd_train.compress.allocations.uniform import Allocation as Uniform
+from plrd_train.compress.blocks import gathered, walk
+from plrd_train.compress.collect import collect
+from plrd_train.compress.contracts import AllocationError, Architecture, Block, Cache, Decomposed, Live, Shards
+from plrd_train.compress.losses import measure
+from plrd_train.compress.methods import Factorizer
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import NONE, Spectra, changes, decompose
 from plrd_train.compress.sequential import collect_in_order
+from plrd_train.compress.statistics import STATISTICS
 
 Ranks = dict[str, int]
-
-
-class AllocationError(ValueError):
-    """Ranks that nothing comes of; the message names the key."""
 
 
 def _silent(title: str, total: int) -> AbstractContextManager[Callable[[], object]]:
@@ -41,19 +40,19 @@ class Needs:
     """
 
     spectra: bool
-    statistics: str | None
+    statistic: str | None
     losses: bool
     in_order: bool
 
     @property
     def text(self) -> bool:
         """Whether calibration text is read at all."""
-        return self.statistics is not None or self.losses or self.in_order
+        return self.statistic is not None or self.losses or self.in_order
 
     @property
     def whole_model(self) -> bool:
         """Whether the model must run as a whole, and not block by block."""
-        return self.losses or (self.statistics is not None and KINDS[self.statistics].of_gradients)
+        return self.losses or (self.statistic is not None and STATISTICS.get(self.statistic).USES_GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -66,22 +65,24 @@ class Source:
     engine: Shards
     architecture: Architecture
     text: Callable[[int], Sequence[Tensor]]
-    kept: Kept | None = None
+    kept: Cache | None = None
     progress: Callable[[str, int], AbstractContextManager[Callable[[], object]]] = _silent
 
     def statistics(
         self, method: Any, shapes: Mapping[str, Shape], names: Collection[str]
-    ) -> Iterator[tuple[Collection[str], Mapping[str, Statistic]]]:
+    ) -> Iterator[tuple[Collection[str], Mapping[str, Tensor]]]:
         """The Linears `names` in the parts in which they are decomposed, and what the method needs to know of those of
         a part that this rank owns. A collective."""
-        if method.statistics is None:
+        if method.statistic is None:
             yield names, NONE
         elif hasattr(self.engine, "model"):
             yield from collect(
-                cast(Live, self.engine), method.statistics, shapes, names, self.text(method.calibration_tokens)
+                cast(Live, self.engine), method.statistic, shapes, names, self.text(method.calibration_tokens)
             )
         else:
-            yield from collect_in_order(self.engine, self.blocks(method), KINDS[method.statistics], shapes, names)
+            yield from collect_in_order(
+                self.engine, self.blocks(method), STATISTICS.get(method.statistic), shapes, names
+            )
 
     def blocks(self, method: Any) -> Iterator[Block]:
         """The blocks of the model in order, with what the calibration text gives each."""
@@ -98,40 +99,32 @@ class Allocated:
 
 @dataclass(frozen=True)
 class Compressor:
-    """`method` makes the factors. `allocation` (a name of `ALLOCATIONS`) splits a ratio into ranks, which are multiples
-    of `multiple`; one of MEASURING measures losses on `loss_tokens` of text."""
+    """`method` finds the factors, `allocation` the ranks that a ratio comes to."""
 
     method: Factorizer
-    allocation: str
-    multiple: int
-    loss_tokens: int | None
+    allocation: Allocation
 
     def needs(self, by_ratio: bool = True) -> Needs:
         """What is looked at; `by_ratio`: the ranks are not given but follow from a ratio."""
-        spectra, in_order = by_ratio and self.allocation in SPECTRAL, self.method.sequential
-        statistics = self.method.statistics if spectra or not in_order else None
-        return Needs(spectra, statistics, by_ratio and self.allocation in MEASURING, in_order)
+        spectra, in_order = by_ratio and self.allocation.spectra, self.method.sequential
+        statistic = self.method.statistic if spectra or not in_order else None
+        return Needs(spectra, statistic, by_ratio and self.allocation.losses, in_order)
 
     def even(self, shapes: Mapping[str, Shape], ratio: float) -> Ranks:
         """The ranks of `uniform`, which are known before any weight is: other allocations share out the same sum.
         Raises AllocationError."""
-        return self._some(uniform(shapes, ratio, self.multiple), ratio)
+        return self._some(Uniform(self.allocation.multiple).ranks(shapes, ratio), ratio)
 
     def allocate(self, source: Source, shapes: Mapping[str, Shape], wanted: Sequence[float | Ranks]) -> Allocated:
         """The ranks of each model that is `wanted`, of that ratio or with these ranks. A collective. Raises
         AllocationError and DecompositionError, on every rank alike."""
         needs = self.needs(by_ratio=any(isinstance(one, float) for one in wanted))
         spectra = self._spectra(source, shapes) if needs.spectra else None
-        measured = None
-        if spectra and needs.losses:
-            assert self.loss_tokens is not None
-            with source.progress("measure losses", len(shapes)) as step:
-                text = source.text(self.loss_tokens)
-                measured = measure(cast(Live, source.engine), spectra, shapes, text, lambda name: step())
-        values = spectra.values if spectra else None
+        losses = self._losses(source, spectra, shapes) if spectra and needs.losses else {}
+        values = spectra.values if spectra else {}
 
         def ranks(ratio: float) -> Ranks:
-            return self._some(ALLOCATIONS[self.allocation](shapes, ratio, self.multiple, values, measured), ratio)
+            return self._some(self.allocation.ranks(shapes, ratio, values, losses), ratio)
 
         return Allocated([ranks(one) if isinstance(one, float) else one for one in wanted], spectra)
 
@@ -180,10 +173,18 @@ class Compressor:
                 spectra.add(part, statistics, lambda name: step())
         return spectra
 
+    def _losses(self, source: Source, spectra: Spectra, shapes: Mapping[str, Shape]) -> dict[str, float]:
+        """The increase of the loss with each Linear alone cut at the probe of the allocation."""
+        allocation = cast(Measuring, self.allocation)
+        text, probes = source.text(allocation.tokens), {name: allocation.probe(shape) for name, shape in shapes.items()}
+        with source.progress("measure losses", len(shapes)) as step:
+            return measure(cast(Live, source.engine), spectra, probes, text, lambda name: step())
+
     def _some(self, ranks: Ranks, ratio: float) -> Ranks:
         if ratio > 1 and not ranks:
+            multiple = self.allocation.multiple
             raise AllocationError(
-                f"ranks.multiple: at {ratio:g}x every rank is below {self.multiple}; choose a smaller multiple"
+                f"ranks.multiple: at {ratio:g}x every rank is below {multiple}; choose a smaller multiple"
             )
         return ranks
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from plrd_train.compress.algebra.factors import Factors
-from plrd_train.compress.blocks import Block
+from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.methods import Factorizer
-from plrd_train.compress.owned import Kept, fingerprint, method_of, packed, unpacked
+from plrd_train.compress.owned import fingerprint, method_of, packed, unpacked
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, Shards, agreed, owners
+from plrd_train.compress.rounds import agreed, owners
 from plrd_train.compress.sequential import Made, factors_of, inside, put_everywhere, refuse, shards
 
 
@@ -24,7 +24,7 @@ def block_by_block(
     ranks: Mapping[str, int],
     factorizer: Factorizer,
     make: Callable[..., dict[str, Made]],
-    kept: Kept | None = None,
+    kept: Cache | None = None,
 ) -> Iterator[Decomposed]:
     """Factor every Linear named in `ranks` to that rank, and yield its factors as shards.
 
@@ -61,7 +61,7 @@ class Finished:
         shapes: Mapping[str, Shape],
         ranks: Mapping[str, int],
         factorizer: Factorizer,
-        kept: Kept | None,
+        kept: Cache | None,
     ):
         self._engine, self._shapes, self._ranks, self._kept = engine, shapes, ranks, kept
         self._key, self._text = method_of(factorizer), ""

@@ -14,8 +14,8 @@ from plrd_train.runtime.files import save_tensors
 
 
 class KeptFactors:
-    """The protocol `plrd_train.compress.owned.Kept` over a folder that all ranks see, one safetensors file a Linear,
-    made visible when it is whole. What is read lies on `device`."""
+    """A `plrd_train.compress.contracts.Cache` in a folder that all ranks see. Each entry is a safetensors file, which
+    is made visible when it is complete. Tensors are loaded to `device`."""
 
     def __init__(self, folder: Path, device: torch.device):
         self._folder, self._device = folder, device

@@ -3,34 +3,21 @@ for was kept."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from plrd_train.compress.algebra.factors import ROWS, Factors
 from plrd_train.compress.algebra.truncate import Spectral
-from plrd_train.compress.methods import Factorizer, Statistic
-
-
-class Kept(Protocol):
-    """Where what is finished outlives a crash. No collectives; what one rank has put, another may get after a
-    restart."""
-
-    def get(self, name: str, key: str) -> dict[str, Tensor] | None:
-        """What was put under that name, if it was put with that key."""
-        ...
-
-    def put(self, name: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep `tensors`, in place of what there is under that name. Raises OSError where that fails."""
-        ...
+from plrd_train.compress.contracts import Cache
+from plrd_train.compress.methods import Factorizer
 
 
 class Weight:
     """A Linear on its owner, decomposed when that is first needed: never, where all that is asked for was kept."""
 
     def __init__(
-        self, name: str, parts: list[Tensor], statistic: Statistic | None, factorizer: Factorizer, kept: Kept | None
+        self, name: str, parts: list[Tensor], statistic: Tensor | None, factorizer: Factorizer, kept: Cache | None
     ):
         self._name, self._parts, self._statistic, self._factorizer, self._kept = (
             name,
@@ -104,7 +91,7 @@ def method_of(factorizer: Factorizer) -> str:
 
 
 def packed(factors: Factors) -> dict[str, Tensor]:
-    """As `Kept` takes them."""
+    """As `Cache` takes them."""
     errors = [factors.rel_error, torch.nan if factors.metric_error is None else factors.metric_error]
     return {"up": factors.up, "down": factors.down, "errors": torch.tensor(errors, dtype=torch.float64)}
 

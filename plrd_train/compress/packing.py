@@ -8,10 +8,10 @@ from torch import Tensor
 
 from plrd_train.compress import forms
 from plrd_train.compress.algebra.factors import Factors
-from plrd_train.compress.calibration import Live
+from plrd_train.compress.contracts import Decomposed, Live
 from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, decompose
+from plrd_train.compress.rounds import decompose
 
 
 def packed(engine: Live, form: str) -> Iterator[Decomposed]:
@@ -27,7 +27,7 @@ class Packer:
     """A form as a method that keeps the rank and the product."""
 
     sequential: ClassVar[bool] = False
-    statistics: ClassVar[str | None] = None
+    statistic: ClassVar[str | None] = None
 
     form: str
 

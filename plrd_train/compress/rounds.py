@@ -8,47 +8,24 @@ round are gathered while those of the present one are factored, so that a rank h
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from plrd_train.compress.algebra.truncate import Factors
-from plrd_train.compress.methods import Factorizer, Statistic
-from plrd_train.compress.owned import Kept, Weight
+from plrd_train.compress.contracts import Cache, Decomposed, DecompositionError, Shards
+from plrd_train.compress.methods import Factorizer
+from plrd_train.compress.owned import Weight
 from plrd_train.compress.ranks import Shape
 
-NONE: Mapping[str, Statistic] = MappingProxyType({})
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 # What a weight that cannot be factored, and a folder in which factors cannot be kept, raise.
 _FAILURES = (ValueError, OSError, torch.linalg.LinAlgError)
-
-
-class Shards(Protocol):
-    """What an engine offers to the decomposition. `gather` and `scatter` are collectives: all ranks call them alike, in
-    the same order."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def gather(self, name: str, owner: int) -> Callable[[], Tensor | None]:
-        """Begin to gather the parameter `name`. What is returned waits for the end of it: then it gives the whole
-        float32 parameter on rank `owner`, None on the others. Until it has been called on every rank, the parameter
-        must not change."""
-        ...
-
-    def scatter(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
-        """This rank's shard, as this engine shards a parameter of that shape, of the float32 `tensor` that rank `owner`
-        holds."""
-        ...
-
-    def share(self, value: object) -> list:
-        """The small picklable `value` of every rank, in rank order, on every rank. A collective."""
-        ...
 
 
 def everywhere(engine: Shards, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
@@ -77,24 +54,6 @@ def _settled(engine: Shards, value: Any, failure: str | None) -> list:
         if failed:
             raise DecompositionError(failed)
     return [value for value, _ in reports]
-
-
-@dataclass(frozen=True)
-class Decomposed:
-    """The factors of one Linear: this rank's shards of `up` (out, rank) and `down` (rank, in), the same errors and time
-    on every rank."""
-
-    name: str
-    rank: int
-    up: Tensor = field(repr=False)
-    down: Tensor = field(repr=False)
-    rel_error: float
-    metric_error: float | None
-    seconds: float
-
-
-class DecompositionError(ValueError):
-    """A weight that cannot be factored; the message names it."""
 
 
 def changes(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> dict[str, int]:
@@ -129,8 +88,8 @@ def decompose(
     shapes: Mapping[str, Shape],
     ranks: Mapping[str, int],
     factorizer: Factorizer,
-    statistics: Mapping[str, Statistic] = NONE,
-    kept: Kept | None = None,
+    statistics: Mapping[str, Tensor] = NONE,
+    kept: Cache | None = None,
 ) -> Iterator[Decomposed]:
     """Factor every Linear named in `ranks` to that rank over the live sharded model, which is left as it is.
 
@@ -152,7 +111,7 @@ class Spectra:
     """The same in two phases, for ranks that depend on the spectra: `add` decomposes, `cut` factors. What is decomposed
     stays with its owner, in host memory: a weight of m x n takes about m n + min(m, n)^2 numbers of 4 bytes."""
 
-    def __init__(self, engine: Shards, shapes: Mapping[str, Shape], factorizer: Factorizer, kept: Kept | None = None):
+    def __init__(self, engine: Shards, shapes: Mapping[str, Shape], factorizer: Factorizer, kept: Cache | None = None):
         self.values: dict[str, Tensor] = {}
         """The singular values of each Linear added so far (`Spectral.values`), on every rank."""
         self._engine, self._shapes, self._factorizer, self._kept = engine, shapes, factorizer, kept
@@ -162,7 +121,7 @@ class Spectra:
     def add(
         self,
         names: Collection[str],
-        statistics: Mapping[str, Statistic] = NONE,
+        statistics: Mapping[str, Tensor] = NONE,
         on_done: Callable[[str], object] = lambda name: None,
     ) -> None:
         """Decompose the Linears `names`; otherwise as `decompose`."""

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from plrd_train.compress.algebra.truncate import Factors, Spectral
-from plrd_train.compress.blocks import Block
-from plrd_train.compress.calibration import KINDS, Kind, Sum, distinct_inputs, hooked
+from plrd_train.compress.collect import Sum, distinct_inputs, hooked
+from plrd_train.compress.contracts import Block, Decomposed, DecompositionError, Shards
 from plrd_train.compress.linear import LowRankLinear
-from plrd_train.compress.methods import Factorizer, Statistic
+from plrd_train.compress.methods import Factorizer
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, DecompositionError, Shards, agreed, everywhere, owners
+from plrd_train.compress.rounds import agreed, everywhere, owners
+from plrd_train.compress.statistics import STATISTICS, Statistic
 from plrd_train.compress.surgery import replace_linears
 
 
@@ -34,7 +35,7 @@ def factor_block(
     factored. A collective."""
     made: dict[str, Made] = {}
     for step in steps(engine, block, inside(block, ranks)):
-        statistic = _statistic(engine, block, step, KINDS[str(factorizer.statistics)], shapes)
+        statistic = _statistic(engine, block, step, STATISTICS.get(str(factorizer.statistic)), shapes)
         made |= factor(engine, block, step, shapes, ranks, partial(decomposed, factorizer, statistic=statistic))
         del statistic  # before the next one comes, or the block runs
     return made
@@ -42,9 +43,9 @@ def factor_block(
 
 @torch.no_grad()
 def collect_in_order(
-    engine: Shards, blocks: Iterable[Block], kind: type[Kind], shapes: Mapping[str, Shape], names: Collection[str]
-) -> Iterator[tuple[list[str], dict[str, Statistic]]]:
-    """What `plrd_train.compress.calibration.collect` yields, by a walk: for a model of which one block is in memory at
+    engine: Shards, blocks: Iterable[Block], kind: Statistic, shapes: Mapping[str, Shape], names: Collection[str]
+) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+    """What `plrd_train.compress.collect.collect` yields, by a walk: for a model of which one block is in memory at
     a time, and inputs alone.
 
     The Linears of a block that share an input come together. The blocks are left as they are. Raises DecompositionError
@@ -64,8 +65,8 @@ def collect_in_order(
 
 
 def _statistic(
-    engine: Shards, block: Block, step: "Step", kind: type[Kind], shapes: Mapping[str, Shape]
-) -> Statistic | None:
+    engine: Shards, block: Block, step: "Step", kind: Statistic, shapes: Mapping[str, Shape]
+) -> Tensor | None:
     """What the text tells of the input of the step's Linears, on their owners. A collective."""
     one = Sum(kind, torch.zeros(kind.size(shapes[step.names[0]]), device=engine.device))
     for batch in range(len(block.inputs)):

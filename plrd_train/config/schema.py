@@ -1,81 +1,36 @@
-"""The one schema of conf/: frozen dataclasses without defaults (the defaults stand in conf/, once), checked before any
-work.
+"""The schema of conf/: it gathers the dataclasses that each component declares for its own settings, and checks a
+resolved mapping against them before any work. They have no defaults: the defaults stand in conf/, once.
 
-An unknown key, a wrong type and an impossible value each raise a UserError of one line that names the key. The
-pluggable groups (factorizer, engine, objective) are checked against the settings that their own files declare, so that
-a new one edits nothing here.
+An unknown key, a wrong type and an impossible value each raise a UserError of one line that names the key. A new file
+of a group whose files are components edits nothing here.
 """
 
 import dataclasses
 import difflib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from plrd_train.compress.allocations import ALLOCATIONS
 from plrd_train.compress.compressor import Compressor
 from plrd_train.compress.forms import FORMS
 from plrd_train.compress.methods import METHODS
-from plrd_train.compress.ranks import ALLOCATIONS, MEASURING
+from plrd_train.data.settings import Data
 from plrd_train.engine import ENGINES
 from plrd_train.errors import UserError
+from plrd_train.evaluate.settings import Evaluation
+from plrd_train.parents.settings import Parent
 from plrd_train.recover.objectives import OBJECTIVES
+from plrd_train.recover.schedules import SCHEDULES
+from plrd_train.recover.settings import Checkpoint, Recover
 from plrd_train.registry import Registry
-
-_STRICT = ConfigDict(extra="forbid", strict=True)
-
-
-def section(cls: type) -> Any:
-    """A frozen dataclass that validates its fields and refuses unknown ones."""
-    return pydantic.dataclasses.dataclass(frozen=True, config=_STRICT, kw_only=True)(cls)
-
-
-def _whole(value: Any) -> Any:
-    """Token counts are written 1e9: a float without a fraction is the integer it says."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _ratios(ratios: tuple[float, ...]) -> tuple[float, ...]:
-    for before, ratio in zip((1.0, *ratios), ratios, strict=False):
-        if not math.isfinite(ratio) or ratio < 1.0:
-            raise ValueError(f"a ratio of {ratio} makes the model no smaller; ratios start at 1")
-        if ratio <= before and before != 1.0:
-            raise ValueError(f"{ratio} comes after {before}: ratios must grow from stage to stage")
-    return ratios
-
-
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Ratios = Annotated[tuple[float, ...], AfterValidator(_ratios)]
-
-
-@section
-class Scratch:
-    """Train the parent itself first, from random weights: `architecture` is a Hugging Face config.json, and its
-    vocabulary is the tokenizer's."""
-
-    architecture: dict[str, Any]
-    # A folder or hub id whose tokenizer it takes; none: a sentencepiece one is trained on the corpus.
-    tokenizer: str | None
-    vocab_size: Positive  # of the tokenizer that is trained
-    tokens: Positive
-    lr: Rate
-
-
-@section
-class Parent:
-    path: str
-    revision: str | None
-    trust_remote_code: bool
-    # Null: what transformers chooses, sdpa where the architecture has it.
-    attention: Literal["eager", "sdpa", "flash_attention_2"] | None
-    scratch: Scratch | None
+from plrd_train.settings import STRICT, Count, section
+from plrd_train.stages import Stages
+from plrd_train.tracking.settings import Tracking
 
 
 @section
@@ -84,94 +39,6 @@ class Linears:
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
-
-
-@section
-class Data:
-    train: str
-    validation: str
-    revision: str | None
-    seq_len: Annotated[Positive, Field(ge=2)]
-    streams: Positive
-    append_eos: bool
-    skip_bad: bool
-    embedded: bool  # write the text of the Python installation to the folder above `train` first
-
-
-@section
-class Stages:
-    ratios: Ratios
-    tokens: Positive | tuple[Positive, ...] | None
-    total_tokens: Positive | None
-    # How many times its predecessor's share of `total_tokens` a stage gets.
-    growth: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
-    def budgets(self) -> tuple[int, ...]:
-        """Tokens of each stage."""
-        n = len(self.ratios)
-        if isinstance(self.tokens, tuple):
-            return self.tokens
-        if self.tokens is not None:
-            return (self.tokens,) * n
-        shares = [self.growth**i for i in range(n)]
-        return tuple(int((self.total_tokens or 0) * share / sum(shares)) for share in shares)
-
-
-@section
-class Ranks:
-    name: str
-    multiple: Positive
-    tokens: Positive | None  # of the text on which an allocation measures losses; null: it measures none
-
-
-@section
-class Recover:
-    """One stage of fine-tuning. `branch` is the share of a stage's tokens in which a branch of the trunk is annealed to
-    become the member; at 0, trunk and member are one. `lr` null: 0.1 / hidden size. `spike` and `patience` are those of
-    `plrd_train.recover.guard`."""
-
-    lr: Annotated[Rate, Field(gt=0.0)] | None
-    schedule: Literal["constant", "linear", "cosine"]
-    warmup: Share
-    final: Share
-    branch: Share
-    betas: tuple[Share, Share]
-    eps: Annotated[Rate, Field(gt=0.0)]
-    weight_decay: Rate
-    clip: Annotated[Rate, Field(gt=0.0)]
-    spike: Annotated[Rate, Field(gt=0.0)] | None
-    patience: Positive
-    global_batch_tokens: Positive
-    micro_batch: Positive  # sequences that one rank takes through the model at once
-
-
-@section
-class Checkpoint:
-    """A stage that is under way is saved every so many tokens or minutes (null: not by that measure), and the newest
-    `keep` checkpoints stay beside the ends of stages."""
-
-    tokens: Positive | None
-    minutes: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None
-    keep: Positive
-
-
-@section
-class Evaluation:
-    context: Annotated[Positive, Field(ge=2)]
-    tokens: Positive
-    batch: Positive
-
-
-@section
-class Wandb:
-    mode: Literal["offline", "online", "disabled"]
-    project: str
-    name: str | None
-
-
-@section
-class Tracking:
-    wandb: Wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +63,9 @@ class Config:
     stages: Stages
     form: Chosen
     factorizer: Chosen
-    ranks: Ranks
+    ranks: Chosen
     recover: Recover
+    schedule: Chosen
     checkpoint: Checkpoint
     objective: Chosen
     engine: Chosen
@@ -206,11 +74,23 @@ class Config:
 
     def compressor(self) -> Compressor:
         """How the run compresses a model."""
-        return Compressor(self.factorizer.settings, self.ranks.name, self.ranks.multiple, self.ranks.tokens)
+        return Compressor(self.factorizer.settings, self.ranks.settings)
+
+    def branches(self) -> bool:
+        """Whether the member of some stage is trained on a branch of the trunk, and so is another model than that."""
+        tokens = self.recover.global_batch_tokens // self.data.seq_len * self.data.seq_len
+        return any(self.schedule.settings.rates(budget // tokens, 1.0).branch for budget in self.stages.budgets())
 
 
 # The groups whose files are components.
-_PLUGINS: dict[str, Registry] = {"form": FORMS, "factorizer": METHODS, "objective": OBJECTIVES, "engine": ENGINES}
+_PLUGINS: dict[str, Registry] = {
+    "form": FORMS,
+    "factorizer": METHODS,
+    "ranks": ALLOCATIONS,
+    "schedule": SCHEDULES,
+    "objective": OBJECTIVES,
+    "engine": ENGINES,
+}
 
 
 def from_mapping(source: Mapping[str, Any]) -> Config:
@@ -234,12 +114,12 @@ def _choose(group: str, value: Any) -> Chosen:
     names = registry.names()
     if not isinstance(value, Mapping) or "name" not in value:
         raise UserError(f"{group}: choose one of {', '.join(names)}")
-    options = {key: option for key, option in value.items() if key != "name"}
+    options = {key: whole(option) for key, option in value.items() if key != "name"}
     if value["name"] not in names:
         raise UserError(f"{group}: there is no {value['name']!r}; choose one of {', '.join(names)}")
     kind = registry.settings_of(value["name"])
     # A plugin declares a plain dataclass: it knows nothing of pydantic.
-    checked = pydantic.dataclasses.dataclass(kind, frozen=True, config=_STRICT)
+    checked = pydantic.dataclasses.dataclass(kind, frozen=True, config=STRICT)
     return Chosen(value["name"], _validate(checked, options, group))
 
 
@@ -291,14 +171,6 @@ def _check_together(config: Config) -> None:
             f"stages.tokens: {len(stages.tokens)} budgets for the {len(stages.ratios)} ratios of stages.ratios; give "
             "one number for all, or one each"
         )
-    if config.ranks.name not in ALLOCATIONS:
-        raise UserError(f"ranks: there is no {config.ranks.name!r}; choose one of {', '.join(ALLOCATIONS)}")
-    if (config.ranks.tokens is None) == (config.ranks.name in MEASURING):
-        raise UserError(
-            f"ranks.tokens: {config.ranks.name} measures losses on text; give a number of tokens"
-            if config.ranks.tokens is None
-            else f"ranks.tokens: {config.ranks.name} measures nothing on text; leave it at null"
-        )
     if config.parent.attention == "flash_attention_2" and config.engine.settings.dtype == "fp32":
         raise UserError(
             "parent.attention: flash_attention_2 does not compute in float32; choose engine.dtype=bf16, or sdpa"
@@ -310,7 +182,7 @@ def _check_together(config: Config) -> None:
         )
     texts = {
         "factorizer.calibration_tokens": getattr(config.factorizer.settings, "calibration_tokens", None),
-        "ranks.tokens": config.ranks.tokens,
+        "ranks.tokens": getattr(config.ranks.settings, "tokens", None),
     }
     for key, tokens in texts.items():
         if tokens is not None and tokens < config.data.seq_len:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from plrd_train.compress.rounds import Decomposed, Shards
+from plrd_train.compress.contracts import Decomposed, Shards
 from plrd_train.errors import UserError
 from plrd_train.registry import Registry
 from plrd_train.runtime.world import World

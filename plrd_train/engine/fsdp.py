@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from plrd_train.compress.blocks import blocks_of
-from plrd_train.compress.rounds import Decomposed
+from plrd_train.compress.contracts import Decomposed
 from plrd_train.engine import MOMENTS, AdamW, Architecture, Moments, Weights, check_shape, put_factors
 from plrd_train.runtime.world import SharedError, World
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from plrd_train.compress.rounds import Decomposed
+from plrd_train.compress.contracts import Decomposed
 from plrd_train.engine import MOMENTS, AdamW, Architecture, Moments, Weights, _deepspeed, check_shape, put_factors
 from plrd_train.runtime.world import World
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from plrd_train.compress.blocks import blocks_of
-from plrd_train.compress.rounds import DecompositionError
+from plrd_train.compress.contracts import DecompositionError
 from plrd_train.errors import UserError
 from plrd_train.parents.modeling_plrd import model_ranks, with_ranks
 from plrd_train.parents.probe import Probe, probe
@@ -131,7 +131,7 @@ def _without_parameters(module: nn.Module) -> nn.Module:
 @dataclass(frozen=True)
 class HubArchitecture:
     """The causal LM of `config` with the Linears of `ranks` low-rank, and that `attention` (see `build_model`): what
-    `plrd_train.engine.Architecture` and `plrd_train.compress.blocks.Architecture` ask for."""
+    `plrd_train.engine.Architecture` and `plrd_train.compress.contracts.Architecture` ask for."""
 
     config: PreTrainedConfig
     ranks: Mapping[str, int] | None = None
@@ -144,7 +144,7 @@ class HubArchitecture:
         refill_buffers(cast(PreTrainedModel, model))
 
     def outputs(self) -> Mapping[str, int]:
-        """As `plrd_train.compress.blocks.Architecture` asks for it."""
+        """As `plrd_train.compress.contracts.Architecture` asks for it."""
         found = probed(self.config)
         if found.unchained is not None:
             raise DecompositionError(f"its blocks cannot be taken one after the other: {found.unchained}")

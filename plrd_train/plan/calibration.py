@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plrd_train.compress.blocks import blocks_of
-from plrd_train.compress.calibration import collect
+from plrd_train.compress.collect import collect
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.rounds import owners
 from plrd_train.config.schema import Config
@@ -58,12 +58,12 @@ def passes(
     needs, found = config.compressor().needs(), Text()
     if not todo:
         return found
-    if needs.statistics is not None:
+    if needs.statistic is not None:
         found = dataclasses.replace(
             found, window=_window(config, model, shapes, shapes if needs.spectra else todo, world_size)
         )
     if needs.losses:
-        batch = _batches(config, config.ranks.tokens, world_size)[0]
+        batch = _batches(config, config.ranks.settings.tokens, world_size)[0]
         found = dataclasses.replace(found, measuring=trace_evaluation(model, lambda model: _loss(model, batch)))
     if needs.in_order:
         with computing_in(model, torch.float32):
@@ -78,7 +78,7 @@ def _window(
     batch = _batches(config, method.calibration_tokens, world_size)[0]
 
     def look(model: nn.Module) -> None:
-        first.append(next(collect(_OnMeta(model), method.statistics, shapes, names, [batch])))  # type: ignore[arg-type]  # nothing is gathered
+        first.append(next(collect(_OnMeta(model), method.statistic, shapes, names, [batch])))  # type: ignore[arg-type]  # nothing is gathered
 
     events = trace_evaluation(model, look)
     ((part, statistics),) = first
@@ -118,7 +118,7 @@ def _walk(config: Config, model: PreTrainedModel, world_size: int) -> Walk:
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """As plrd_train.compress.sensitivity computes it."""
+    """As plrd_train.compress.losses computes it."""
     logits = model(input_ids=ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 

@@ -89,7 +89,7 @@ def checkpoints(
 ) -> Checkpoints:
     """A stage that is under way is saved with both moments, 12 bytes a parameter, and with its trunk where that trains
     a branch; its end with the model, and with the member where that is not the trunk."""
-    copies = 4 if config.recover.branch else 3
+    copies = 4 if config.branches() else 3
     trained = models if models[0].training else models[1:]
     size = max((4 * copies * model.structure.numel for model in trained), default=0)
     published = sum(published_width * model.params for model in models[1:])
@@ -98,5 +98,5 @@ def checkpoints(
     steps = [machine.seconds(_flops_per_token(parent, model, config.data.seq_len) * step_tokens) for model in trained]
     slowest = max((step for step in steps if step is not None), default=0.0)
     stop = STEPS_TO_STOP * slowest + 2 * seconds + STOP_MARGIN_S
-    ends = sum(4 * (2 if config.recover.branch else 1) * model.structure.numel for model in models[1:])  # which stay
+    ends = sum(4 * (2 if config.branches() else 1) * model.structure.numel for model in models[1:])  # which stay
     return Checkpoints(size, (config.checkpoint.keep + 1) * size + ends + published, seconds, 10 * math.ceil(stop / 10))

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from plrd_train.compress.calibration import KINDS
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.rounds import changes, rounds
+from plrd_train.compress.statistics import STATISTICS
 from plrd_train.config.schema import Config
 from plrd_train.plan.calibration import Text, Walk
 from plrd_train.plan.replay import peak
@@ -158,4 +158,4 @@ def _pair(shape: Shape, rank: int) -> float:
 
 
 def _statistic(method: Any, shape: Shape) -> float:
-    return 4.0 * math.prod(KINDS[method.statistics].size(shape)) if method.statistics else 0.0
+    return 4.0 * math.prod(STATISTICS.get(method.statistic).size(shape)) if method.statistic else 0.0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plrd_train.compress.compressor import AllocationError
+from plrd_train.compress.contracts import AllocationError
 from plrd_train.compress.ranks import Shape, ratio_of
 from plrd_train.compress.rounds import changes
 from plrd_train.config.schema import Config

@@ -6,10 +6,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import logging
 from transformers import PreTrainedConfig
 
-from plrd_train.config.schema import Parent
 from plrd_train.errors import UserError
 from plrd_train.parents import parent as parents
 from plrd_train.parents.models import described
+from plrd_train.parents.settings import Parent
 
 
 def parent_config(parent: Parent) -> PreTrainedConfig:

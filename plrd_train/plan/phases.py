@@ -80,7 +80,7 @@ def _training(config: Config, memory: Any, model: Planned, world_size: int) -> I
     structure = model.structure
     resident = memory.resident(structure, optimizer=True)
     copy = 4 * _kept(memory, model)  # of one of the things that a checkpoint holds
-    branch = config.recover.branch > 0
+    branch = config.branches()
     host = add(
         memory.host(structure),
         {"checkpoint": (3 + FILE_COPIES * (4 if branch else 3)) * copy, "snapshot": copy if branch else 0.0},
@@ -119,7 +119,7 @@ def _evaluation(config: Config, memory: Any, model: Planned, published: int, *, 
     changed = published < 4 or (forms.get(config.form.name).PACKS and bool(model.ranks))
     host = {"snapshot": copy if changed else 0.0}  # of the exact values, while they are rounded or packed
     if trained:  # and what the end of the stage saves: the trunk, and the member where that is another
-        saved = 2 if config.recover.branch else 1
+        saved = 2 if config.branches() else 1
         host = add(host, {"snapshot": saved * copy, "checkpoint": FILE_COPIES * saved * copy})
     return Phase(
         model.name,
@@ -136,7 +136,7 @@ def _publication(config: Config, memory: Any, model: Planned, published: int, de
     structure = model.structure
     largest = 4 * max(parameter.numel for parameter in structure.parameters)
     member = min(PUBLISHED_SHARD, published * model.params) + (largest if device == "cuda" else 0)
-    host = {"snapshot": 4 * _kept(memory, model) * (2 if config.recover.branch else 1), "member": member}
+    host = {"snapshot": 4 * _kept(memory, model) * (2 if config.branches() else 1), "member": member}
     resident = memory.resident(structure, optimizer=True)
     return Phase(model.name, "publish", "", add(resident, {"gathered": 2 * largest}), add(memory.host(structure), host))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
-from plrd_train.config.schema import Recover
+from plrd_train.recover.settings import Recover
 from plrd_train.runtime.world import SharedError
 
 WINDOW = 64  # steps whose losses a step is judged by

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plrd_train.config.schema import Recover
 from plrd_train.data.loader import Batch, Loader
 from plrd_train.engine import AdamW, Engine
 from plrd_train.recover.checkpoint import Snapshot
@@ -18,7 +17,8 @@ from plrd_train.recover.objectives import Objective
 from plrd_train.recover.pauses import Pauses, Wish
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
-from plrd_train.recover.schedule import anneal, rate
+from plrd_train.recover.schedules import Schedule
+from plrd_train.recover.settings import Recover
 from plrd_train.runtime.exchange import Exchange
 
 
@@ -43,6 +43,7 @@ class Trainer:
     engine: Engine
     loader: Loader
     objective: Objective
+    schedule: Schedule
     settings: Recover
     seq_len: int
     seed: int
@@ -70,37 +71,29 @@ class Trainer:
         A stage that goes on after `done` steps has its optimizer in the engine, and the `trunk` where these have
         reached its branch. `pauses` are taken between steps; what they raise ends the stage.
         """
-        settings = self.settings
         self.counters.tokens_stage = done * self.step_tokens
         if not done:
-            self.engine.start(optimizer_of(settings))
-        steps = budget // self.step_tokens
-        branch_steps = int(settings.branch * steps)
-        trunk_steps = steps - branch_steps
-        last = rate(trunk_steps - 1, trunk_steps, peak, settings)
+            self.engine.start(optimizer_of(self.settings))
+        rates = self.schedule.rates(budget // self.step_tokens, peak)
+        lrs, trunk_steps = [*rates.trunk, *rates.branch], len(rates.trunk)
         reports, deadline = Reports(self, pauses), Deadline(self.engine.world.heartbeat)
-        for step in range(done, steps):
+        for step in range(done, len(lrs)):
             deadline.step()
             if step == trunk_steps:
                 trunk = self.engine.snapshot()
-            lr = (
-                rate(step, trunk_steps, peak, settings)
-                if step < trunk_steps
-                else anneal(step - trunk_steps, branch_steps, last)
-            )
-            wish = self._step(step, lr, reports)
-            if wish and step + 1 < steps:
+            wish = self._step(step, lrs[step], reports)
+            if wish and step + 1 < len(lrs):
                 deadline.rest()
                 reports.finish()
                 pauses.take(wish, step + 1, trunk)
         deadline.rest()
         reports.finish()
-        if not branch_steps:
+        if not rates.branch:
             return Recovered(None, trunk_steps * self.step_tokens, 0)
         assert trunk is not None
         member = self.engine.snapshot()
         self.engine.restore(trunk)
-        return Recovered(member, trunk_steps * self.step_tokens, branch_steps * self.step_tokens)
+        return Recovered(member, trunk_steps * self.step_tokens, len(rates.branch) * self.step_tokens)
 
     def _step(self, step: int, lr: float, reports: "Reports") -> Wish:
         """Step `step` of the stage; returns what the ranks wished after the one before."""

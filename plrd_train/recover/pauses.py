@@ -4,9 +4,9 @@ import enum
 import time
 from collections.abc import Callable
 
-from plrd_train.config.schema import Checkpoint
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
 from plrd_train.recover.progress import Progress
+from plrd_train.recover.settings import Checkpoint
 from plrd_train.runtime.stop import Stopped, StopRequest
 
 

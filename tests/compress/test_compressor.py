@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from plrd_train.compress.allocations import ALLOCATIONS
 from plrd_train.compress.blocks import Alone
-from plrd_train.compress.compressor import Allocated, AllocationError, Compressor, Needs, Source
+from plrd_train.compress.compressor import Allocated, Compressor, Needs, Source
+from plrd_train.compress.contracts import AllocationError
 from plrd_train.compress.methods import METHODS
 from plrd_train.compress.ranks import Shape, ratio_of
 from plrd_train.compress.surgery import eligible_linears
@@ -24,8 +26,9 @@ SETTINGS = {
 
 
 def compressor(name, allocation="uniform", multiple=1):
+    tokens = {"tokens": 36} if allocation == "sensitivity" else {}
     return Compressor(
-        METHODS.settings_of(name)(**SETTINGS[name]), allocation, multiple, 36 if allocation == "sensitivity" else None
+        METHODS.settings_of(name)(**SETTINGS[name]), ALLOCATIONS.settings_of(allocation)(multiple, **tokens)
     )
 
 

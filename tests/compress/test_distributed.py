@@ -2,7 +2,8 @@
 
 import pytest
 
-from plrd_train.compress.ranks import Shape, uniform
+from plrd_train.compress.allocations.uniform import Allocation
+from plrd_train.compress.ranks import Shape
 from plrd_train.compress.rounds import cost, owners, rounds
 
 BLOCK = {
@@ -21,7 +22,7 @@ def stages() -> list[dict[str, Shape]]:
     """The Linears of Mistral-7B before each stage of 1.25, 1.5, 1.85 and 2.25x."""
     made = [MISTRAL]
     for ratio in (1.25, 1.5, 1.85):
-        ranks = uniform(MISTRAL, ratio)
+        ranks = Allocation(1).ranks(MISTRAL, ratio)
         made.append(
             {name: Shape(shape.out_features, shape.in_features, ranks[name]) for name, shape in MISTRAL.items()}
         )

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from plrd_train.compress.calibration import Inputs
 from plrd_train.compress.methods.asvd import Factorizer as Asvd
 from plrd_train.compress.methods.fisher import Factorizer as Fisher
 from plrd_train.compress.methods.rom import Factorizer as Rom
 from plrd_train.compress.methods.svd import Factorizer as Svd
 from plrd_train.compress.methods.whitened import Factorizer as Whitened
+from plrd_train.compress.statistics import inputs as second_moment
 
 WHITENED, ASVD, FISHER = (
     Whitened(calibration_tokens=1),
@@ -35,7 +35,7 @@ def inputs(tokens, n, massive=0.0):
 def moment(x, batch=100):
     """The second moment, added up in float32 as in a run."""
     total = torch.zeros(x.shape[1], x.shape[1])
-    return total / sum(Inputs.add(total, part, part[:0]) for part in x.split(batch))
+    return second_moment.mean(total, sum(second_moment.add(total, part, part[:0]) for part in x.split(batch)))
 
 
 def error(x, weight, factors):

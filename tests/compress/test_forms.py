@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plrd_train.compress import forms
-from plrd_train.compress.ranks import Shape, energy, uniform
+from plrd_train.compress.allocations import energy, uniform
+from plrd_train.compress.ranks import Shape
 
 FORMS = pytest.mark.parametrize("form", forms.FORMS.names())
 SIDES = st.integers(1, 48)
@@ -134,12 +135,17 @@ def test_allocations_spend_what_the_form_counts(form, ratio):
         for name, shape in shapes.items()
     }
     spent = {}
-    for name, ranks in {"uniform": uniform(shapes, ratio), "energy": energy(shapes, ratio, 1, values)}.items():
+    for name, ranks in {
+        "uniform": uniform.Allocation(1).ranks(shapes, ratio),
+        "energy": energy.Allocation(1).ranks(shapes, ratio, values),
+    }.items():
         spent[name] = sum(shape.params(ranks.get(key)) for key, shape in shapes.items())
         assert spent[name] <= budget
     assert spent["energy"] >= budget - max(shape.out_features + shape.in_features for shape in shapes.values())
 
 
 def test_pifa_keeps_more_rank_of_the_same_parameters():
-    pair, pivots = (uniform({"w": Shape(4096, 4096, None, form)}, 1.25)["w"] for form in ("lowrank", "pifa"))
+    pair, pivots = (
+        uniform.Allocation(1).ranks({"w": Shape(4096, 4096, None, form)}, 1.25)["w"] for form in ("lowrank", "pifa")
+    )
     assert pivots / pair == pytest.approx(1.38, abs=0.01)  # design of the form: 38% more for a square Linear at 1.25x

@@ -7,14 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plrd_train.compress.ranks import OF_ERROR, OF_SIZE, Shape, energy, ratio_of, sensitivity, split, uniform
+from plrd_train.compress.allocations import energy, sensitivity, uniform
+from plrd_train.compress.allocations._split import OF_ERROR, split
+from plrd_train.compress.allocations.energy import OF_SIZE
+from plrd_train.compress.ranks import Shape, ratio_of
 
 
 @pytest.mark.parametrize(
     ("m", "n", "rank"), [(4096, 4096, 910), (1024, 4096, 364), (14336, 4096, 1415), (4096, 14336, 1415)]
 )
 def test_ranks_of_mistral_at_2_25(m, n, rank):
-    assert uniform({"w": Shape(m, n)}, 2.25) == {"w": rank}
+    assert uniform.Allocation(1).ranks({"w": Shape(m, n)}, 2.25) == {"w": rank}
 
 
 shapes = st.dictionaries(
@@ -27,7 +30,7 @@ shapes = st.dictionaries(
 
 @given(shapes, st.floats(1.0, 20.0), st.sampled_from([1, 8, 32]))
 def test_factored_linears_reach_the_ratio_and_the_rest_stay_dense(shapes, ratio, multiple):
-    ranks = uniform(shapes, ratio, multiple)
+    ranks = uniform.Allocation(multiple).ranks(shapes, ratio)
     for name, shape in shapes.items():
         if name in ranks:
             kept = ranks[name] * (shape.out_features + shape.in_features)
@@ -45,15 +48,17 @@ def test_ratio_counts_dense_linears_too():
 
 
 def test_a_linear_that_two_factors_would_not_shrink_stays_dense():
-    assert uniform({"a": Shape(64, 64)}, 1.0) == {}  # rank 32 would hold 32 * 128 = 64 * 64 parameters
-    assert uniform({"a": Shape(1, 50)}, 1.5) == {}
+    assert (
+        uniform.Allocation(1).ranks({"a": Shape(64, 64)}, 1.0) == {}
+    )  # rank 32 would hold 32 * 128 = 64 * 64 parameters
+    assert uniform.Allocation(1).ranks({"a": Shape(1, 50)}, 1.5) == {}
 
 
 def test_ranks_never_grow():
     shapes = {"a": Shape(100, 100, rank=20)}
-    assert uniform(shapes, 1.25) == {"a": 20}
-    assert uniform(shapes, 5.0) == {"a": 10}
-    assert uniform(shapes, 5.0, multiple=64) == {"a": 20}
+    assert uniform.Allocation(1).ranks(shapes, 1.25) == {"a": 20}
+    assert uniform.Allocation(1).ranks(shapes, 5.0) == {"a": 10}
+    assert uniform.Allocation(64).ranks(shapes, 5.0) == {"a": 20}
 
 
 def spectrum(shape: Shape, decay: float) -> torch.Tensor:
@@ -83,7 +88,7 @@ linears = st.builds(
 def test_energy_spends_its_budget_to_the_last_step(drawn, ratio, multiple):
     shapes = {f"linear{i}": shape for i, (shape, _) in enumerate(drawn)}
     values = {f"linear{i}": spectrum(shape, decay) for i, (shape, decay) in enumerate(drawn)}
-    ranks = energy(shapes, ratio, multiple, values)
+    ranks = energy.Allocation(multiple).ranks(shapes, ratio, values)
     left = sum(shape.dense_params for shape in shapes.values()) / ratio - sum(
         shape.params(ranks.get(name)) for name, shape in shapes.items()
     )
@@ -117,7 +122,7 @@ def test_energy_is_the_best_of_all_splits(decays, ratio):
         if sum(Shape(12, 12).params(rank) for rank in split) <= budget
     )
     best = min(sum(loss(shapes[name], values[name], rank) for name, rank in split.items()) for split in fits)
-    ranks = energy(shapes, ratio, 1, values)
+    ranks = energy.Allocation(1).ranks(shapes, ratio, values)
     found = sum(loss(shapes[name], values[name], ranks.get(name)) for name in shapes)
     # What the last step of a Linear, to leave it dense, takes in parameters may not fit, though all of it be worth its
     # price.
@@ -131,7 +136,7 @@ def test_energy_gives_more_to_what_decays_more_slowly_and_knows_the_cost_of_a_ra
         "fast": spectrum(shapes["fast"], 8.0),
         "kv": spectrum(shapes["kv"], 1.0),
     }
-    ranks = energy(shapes, 2.5, 1, values)
+    ranks = energy.Allocation(1).ranks(shapes, 2.5, values)
     assert ranks["fast"] < ranks["slow"]
     # A rank of the key costs less, and is a larger share of it.
     assert "kv" not in ranks or ranks["kv"] / 16 > ranks["slow"] / 64
@@ -139,7 +144,21 @@ def test_energy_gives_more_to_what_decays_more_slowly_and_knows_the_cost_of_a_ra
 
 def test_energy_of_a_weight_of_zeros():
     shapes = {"zeros": Shape(20, 20), "other": Shape(20, 20)}
-    assert energy(shapes, 3.0, 1, {"zeros": torch.zeros(20), "other": spectrum(shapes["other"], 1.0)})["zeros"] == 1
+    assert (
+        energy.Allocation(1).ranks(shapes, 3.0, {"zeros": torch.zeros(20), "other": spectrum(shapes["other"], 1.0)})[
+            "zeros"
+        ]
+        == 1
+    )
+
+
+def by_losses(multiple):
+    return sensitivity.Allocation(multiple, tokens=1)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [(Shape(48, 48), 9), (Shape(48, 48, 20), 8), (Shape(2, 2, 1), 1)])
+def test_a_linear_is_measured_at_two_fifths_of_its_parameters(shape, rank):
+    assert by_losses(1).probe(shape) == rank
 
 
 @settings(deadline=None, derandomize=True)
@@ -151,8 +170,8 @@ def test_energy_of_a_weight_of_zeros():
 def test_sensitivity_keeps_its_budget_and_the_ceilings(drawn, ratio, multiple):
     shapes = {f"linear{i}": shape for i, (shape, *_) in enumerate(drawn)}
     values = {f"linear{i}": spectrum(shape, decay) for i, (shape, decay, _) in enumerate(drawn)}
-    measured = {f"linear{i}": (max(len(values[f"linear{i}"]) // 3, 1), grown) for i, (*_, grown) in enumerate(drawn)}
-    ranks = sensitivity(shapes, ratio, multiple, values, measured)
+    measured = {f"linear{i}": grown for i, (*_, grown) in enumerate(drawn)}
+    ranks = by_losses(multiple).ranks(shapes, ratio, values, measured)
     least = 0
     for name, shape in shapes.items():
         now = shape.params(shape.rank)
@@ -171,13 +190,13 @@ def test_sensitivity_is_the_split_of_the_losses_that_were_measured():
         return scale * (values[name][rank:].norm() / values[name].norm()).item() ** OF_ERROR
 
     scales = dict(zip(shapes, [1.0, 5.0, 0.3, 0.02], strict=True))
-    measured = {name: (7, losing(name, 7, scale)) for name, scale in scales.items()}
+    measured = {name: losing(name, by_losses(1).probe(shapes[name]), scale) for name, scale in scales.items()}
     lost = {
         name: torch.tensor([losing(name, rank, scale) for rank in range(1, 49)], dtype=torch.float64)
         for name, scale in scales.items()
     }
     for ratio in (1.3, 2.0, 4.0):
-        ranks = sensitivity(shapes, ratio, 1, values, measured)
+        ranks = by_losses(1).ranks(shapes, ratio, values, measured)
         assert ranks == split(shapes, ratio, 1, lost)
         assert ranks["linear3"] < ranks.get("linear0", 24)
 
@@ -185,8 +204,8 @@ def test_sensitivity_is_the_split_of_the_losses_that_were_measured():
 def test_a_linear_that_the_loss_does_not_depend_on_gets_the_least_rank():
     shapes = {"dead": Shape(48, 48), "live": Shape(48, 48), "live too": Shape(48, 48)}
     values = {name: spectrum(shape, 2.0) for name, shape in shapes.items()}
-    measured = {"dead": (9, -1e-4), "live": (9, 0.5), "live too": (9, 0.5)}
+    measured = {"dead": -1e-4, "live": 0.5, "live too": 0.5}
     for multiple in (1, 4):
-        assert sensitivity(shapes, 2.5, multiple, values, measured)["dead"] == multiple
-    ranks = sensitivity(shapes, 4.0, 1, values, measured | {"live": (9, 5.0)})
+        assert by_losses(multiple).ranks(shapes, 2.5, values, measured)["dead"] == multiple
+    ranks = by_losses(1).ranks(shapes, 4.0, values, measured | {"live": 5.0})
     assert ranks["live too"] < ranks.get("live", 24)

@@ -141,9 +141,9 @@ def test_a_sweep_gives_one_config_a_point():
         ("stages.tokens=100", "stages.tokens: a stage of 100 tokens is less than one step"),
         ("recover.global_batch_tokens=10", "recover.global_batch_tokens: 10 is less than one sequence"),
         ("linears.include=['(']", "linears.include: '(' is no regular expression"),
-        ("ranks.name=best", "ranks: there is no 'best'; choose one of uniform"),
-        ("ranks.tokens=100", "ranks.tokens: uniform measures nothing on text; leave it at null"),
-        ("ranks.name=sensitivity", "ranks.tokens: sensitivity measures losses on text; give a number of tokens"),
+        ("ranks.name=best", "ranks: there is no 'best'; choose one of energy, sensitivity, uniform"),
+        ("ranks.tokens=100", "ranks.tokens: unknown key; there are multiple"),
+        ("ranks.name=sensitivity", "ranks.tokens: this key is missing"),
         ("parent.attention=flash", "parent.attention: Input should be 'eager', 'sdpa' or 'flash_attention_2'"),
         (
             "parent.attention=flash_attention_2",

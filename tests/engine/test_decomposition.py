@@ -13,9 +13,10 @@ from processes import run_ranks
 from sharded import Dying, opened, shapes_of
 from torch import Tensor
 
+from plrd_train.compress.contracts import Decomposed, DecompositionError
 from plrd_train.compress.kept import KeptFactors
 from plrd_train.compress.methods.svd import Factorizer
-from plrd_train.compress.rounds import Decomposed, DecompositionError, Spectra, decompose, rounds
+from plrd_train.compress.rounds import Spectra, decompose, rounds
 
 both = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 

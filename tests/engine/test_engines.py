@@ -25,7 +25,7 @@ from sharded import (
 from tiny_parents import save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from plrd_train.compress.rounds import DecompositionError
+from plrd_train.compress.contracts import DecompositionError
 from plrd_train.compress.surgery import eligible_linears
 from plrd_train.engine import MOMENTS, rounded
 from plrd_train.errors import UserError

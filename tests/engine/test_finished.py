@@ -10,9 +10,9 @@ from processes import run_ranks
 from sharded import Dying, architecture, opened, shapes_of
 
 from plrd_train.compress.blocks import gathered, walk
+from plrd_train.compress.contracts import DecompositionError
 from plrd_train.compress.kept import KeptFactors
 from plrd_train.compress.methods import refined, rom
-from plrd_train.compress.rounds import DecompositionError
 
 TEXT = torch.randint(3, 64, (12, 16), generator=torch.Generator().manual_seed(1))
 SETTINGS = {

@@ -10,11 +10,13 @@ from processes import run_ranks
 from sharded import architecture, opened, shapes_of
 from sharded import factor as factor_by_svd
 
+from plrd_train.compress.allocations.energy import Allocation
 from plrd_train.compress.blocks import Alone, gathered, walk
-from plrd_train.compress.calibration import collect
+from plrd_train.compress.collect import collect
+from plrd_train.compress.contracts import DecompositionError
 from plrd_train.compress.methods.refined import RIDGE, Factorizer
-from plrd_train.compress.ranks import Shape, energy
-from plrd_train.compress.rounds import DecompositionError, Spectra
+from plrd_train.compress.ranks import Shape
+from plrd_train.compress.rounds import Spectra
 from plrd_train.compress.surgery import eligible_linears
 from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus
@@ -230,7 +232,7 @@ def on_a_real_parent(world, assets, name, method, ratio):
     spectra = Spectra(engine, shapes, method)
     for part, statistics in collect(engine, "inputs", shapes, shapes, text):
         spectra.add(part, statistics)
-    ranks = energy(shapes, ratio, 1, spectra.values)
+    ranks = Allocation(1).ranks(shapes, ratio, spectra.values)
     made = method.in_order(
         engine, lambda: walk(architecture(folder, {}), gathered(engine), text, engine.device), shapes, ranks
     )

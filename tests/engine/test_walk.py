@@ -8,9 +8,9 @@ from processes import run_ranks
 from sharded import architecture, opened, shapes_of
 
 from plrd_train.compress.blocks import Alone, gathered, walk
+from plrd_train.compress.contracts import DecompositionError
 from plrd_train.compress.methods.rom import Factorizer
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import DecompositionError
 from plrd_train.compress.surgery import eligible_linears
 from plrd_train.parents.parent import open_parent
 from plrd_train.parents.weights import WeightReader

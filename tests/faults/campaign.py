@@ -35,7 +35,7 @@ class Setting:
     @property
     def overrides(self) -> list[str]:
         engine = [f"engine={self.engine}", "engine.dtype=fp32", "engine.activation_checkpointing=false"]
-        branch = ["recover.branch=0.34"] if self.branch else []  # three steps of the nine
+        branch = ["schedule.branch=0.34"] if self.branch else []  # three steps of the nine
         calibrated = (
             [f"factorizer={self.factorizer}", "factorizer.calibration_tokens=700"] if self.factorizer != "svd" else []
         )

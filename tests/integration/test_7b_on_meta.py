@@ -4,7 +4,7 @@ import pytest
 import torch
 from large_parents import LLAMA2_7B, MISTRAL_7B
 
-from plrd_train.compress.ranks import ALLOCATIONS, Shape, ratio_of
+from plrd_train.compress.ranks import Shape, ratio_of
 from plrd_train.compress.surgery import eligible_linears
 from plrd_train.config.compose import compose
 from plrd_train.config.schema import from_mapping
@@ -45,7 +45,7 @@ def test_the_last_member_of_the_papers_families(experiment, config, whole, param
     shapes = {name: Shape.of(linear) for name, linear in eligible_linears(parent, linears.include, linears.exclude)}
     assert len(shapes) == 32 * 7 and not any("lm_head" in name or "embed" in name for name in shapes)
     ratio = settings.stages.ratios[-1]
-    ranks = ALLOCATIONS[settings.ranks.name](shapes, ratio, settings.ranks.multiple)
+    ranks = settings.ranks.settings.ranks(shapes, ratio)
     assert ranks == {name: kinds[name.rpartition(".")[2].removesuffix("_proj")] for name in shapes}
     member = on_meta(config, ranks)
     assert member.num_parameters() == pytest.approx(params, rel=0.005)

@@ -105,12 +105,12 @@ def test_a_parent_from_scratch_is_annealed_where_a_branch_is_asked_for(command, 
     """Three steps of trunk and three of a branch are not three steps of trunk."""
     weights = {}
     for name, changed in (
-        ("branch", ("recover.branch=0.5",)),
-        ("trunk", ("recover.branch=0", "parent.scratch.tokens=384")),
+        ("branch", ("schedule.branch=0.5",)),
+        ("trunk", ("schedule.branch=0", "parent.scratch.tokens=384")),
     ):
         run_dir = tmp_path / name
         ended = run_job(
-            1, command(run_dir, *scratch(tiny, run_dir, "recover.schedule=constant", "recover.warmup=0", *changed))
+            1, command(run_dir, *scratch(tiny, run_dir, "schedule=constant", "schedule.warmup=0", *changed))
         )
         assert (ended.status, ended.err) == (0, "")
         weights[name] = load_file(run_dir / "parent" / "model.safetensors")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 STEPS = 6  # a stage
 SHORT = f"stages.tokens={STEPS * 128}"
-BRANCH = ("recover.branch=0.34", "checkpoint.keep=1")  # two steps of the six
+BRANCH = ("schedule.branch=0.34", "checkpoint.keep=1")  # two steps of the six
 
 
 def records(run_dir: Path) -> tuple[dict, list[dict], list[dict]]:
@@ -196,7 +196,7 @@ def test_one_more_ratio_adds_its_member_and_touches_no_other(command, undisturbe
 
 def test_the_member_of_a_branch_is_annealed_and_the_trunk_goes_on(command, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
-    finish(1, command(run_dir, SHORT, *BRANCH, "stages.ratios=[1.25]", "recover.schedule=constant"))
+    finish(1, command(run_dir, SHORT, *BRANCH, "stages.ratios=[1.25]", "schedule=constant"))
     (file,) = (run_dir / "checkpoints" / f"step-{STEPS:08d}-stage-1").glob("*.safetensors")
     tensors = load_file(file)
     trunk, member = (
@@ -212,7 +212,7 @@ def test_the_member_of_a_branch_is_annealed_and_the_trunk_goes_on(command, undis
     # The trunk's rate stays, the branch's falls, and no step is wasted at zero.
     assert rates[1] == rates[3] > rates[4] > rates[5] > 0
 
-    finish(1, command(run_dir, SHORT, *BRANCH, "recover.schedule=constant"))
+    finish(1, command(run_dir, SHORT, *BRANCH, "schedule=constant"))
     family, metrics, events = records(run_dir)
     linear = "model.layers.0.mlp.up_proj"
     (error,) = (row["factor/rel_error"] for row in events if row.get("linear") == linear and row["stage/index"] == 2)

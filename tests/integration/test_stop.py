@@ -13,7 +13,7 @@ LOG, STEP, EVALUATE = (
     "plrd_train.recover.loop:Trainer._step",
     "plrd_train.run:Run.evaluate",
 )
-BRANCH = "recover.branch=0.67"  # four steps of the six
+BRANCH = "schedule.branch=0.67"  # four steps of the six
 SLOW = [
     pytest.param(engine, overrides, marks=pytest.mark.slow)
     for engine, overrides in (("zero3", ["engine.dtype=bf16"]), ("fsdp", []))

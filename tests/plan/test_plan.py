@@ -139,7 +139,7 @@ def test_time_and_disk_follow_from_what_is_assumed(plan):
     assert (slow["machine"]["mfu"], slow["machine"]["peak_flops_per_s"]) == (0.2, 989e12)
     assert slow["checkpoints"]["bytes"] == 12 * member["params"]
     assert slow["checkpoints"]["seconds"] == pytest.approx(10 * fast["checkpoints"]["seconds"])
-    branched = plan("tiny", "data.seq_len=64", ONE_STAGE, "recover.branch=0.2")
+    branched = plan("tiny", "data.seq_len=64", ONE_STAGE, "schedule.branch=0.2")
     assert branched["checkpoints"]["bytes"] == 16 * member["params"]
     # Two that are kept, the one that is written, the stage's end.
     published = slow["checkpoints"]["run_dir_bytes"] - (3 * 12 + 4) * member["params"]

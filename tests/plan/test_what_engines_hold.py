@@ -7,7 +7,7 @@ import torch
 from engine.sharded import OPTIMIZER, logits, opened
 from processes import run_ranks
 
-from plrd_train.engine import options
+from plrd_train.engine import ENGINES
 from plrd_train.parents.models import build_model
 from plrd_train.parents.parent import load_config, open_parent
 from plrd_train.plan.phases import memory_of
@@ -53,7 +53,7 @@ def test_what_zero3_keeps_whole_until_the_backward(save_parent, evaluated):
 def settings():
     from engine.sharded import SETTINGS
 
-    return options("zero3")(**SETTINGS["zero3"])
+    return ENGINES.settings_of("zero3")(**SETTINGS["zero3"])
 
 
 def test_parameters_on_nvme_are_neither_on_the_device_nor_all_on_the_host():

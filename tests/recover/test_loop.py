@@ -9,7 +9,6 @@ from tiny_family import write_corpus
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plrd_train.config.schema import Checkpoint, Recover
 from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.loader import Loader
 from plrd_train.engine.fsdp import Options, open_engine
@@ -22,6 +21,8 @@ from plrd_train.recover.objectives.ce import Objective
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
+from plrd_train.recover.schedules.constant import Schedule
+from plrd_train.recover.settings import Checkpoint, Recover
 from plrd_train.runtime.exchange import Exchange
 from plrd_train.runtime.stop import StopRequest
 
@@ -31,10 +32,6 @@ SEQ_LEN, STEPS = 16, 4
 def settings(sequences: int, **changed) -> Recover:
     values = {
         "lr": 4e-3,
-        "schedule": "constant",
-        "warmup": 0.0,
-        "final": 0.1,
-        "branch": 0.0,
         "betas": (0.9, 0.95),
         "eps": 1e-8,
         "weight_decay": 0.1,
@@ -54,7 +51,7 @@ def loader(folder: Path, text: Path, streams: int, rank: int, size: int) -> Load
     )
 
 
-def trained(world, folder: Path, text: Path, streams: int, recover: Recover, budget: int):
+def trained(world, folder: Path, text: Path, streams: int, recover: Recover, budget: int, branch: float = 0.0):
     parent = open_parent(str(folder))
     engine = open_engine(Options(dtype="fp32", replicas=1, activation_checkpointing=False, compile=False), world)
     engine.load(HubArchitecture(load_config(parent)), WeightReader(parent))
@@ -65,6 +62,7 @@ def trained(world, folder: Path, text: Path, streams: int, recover: Recover, bud
         engine,
         reader,
         Objective(),
+        Schedule(warmup=0.0, branch=branch),
         recover,
         SEQ_LEN,
         0,
@@ -128,10 +126,10 @@ def test_unequal_shares_train_as_one_process_does(save_parent, tmp_path, ranks, 
 def test_a_branch_begins_where_the_trunk_ends_and_leaves_it_alone(save_parent, tmp_path):
     folder, _ = save_parent("llama")
     write_corpus(tmp_path / "text")
-    recover = settings(4, branch=0.5)
+    recover = settings(4)
     budget = (STEPS + 1) * 4 * SEQ_LEN - 1  # all but a step
     rates = [recover.lr] * 2 + [recover.lr * share for share in (2 / 3, 1 / 3)]
-    rows, spent, trunk, member = run_ranks(2, trained, folder, tmp_path / "text", 4, recover, budget)[0]
+    rows, spent, trunk, member = run_ranks(2, trained, folder, tmp_path / "text", 4, recover, budget, 0.5)[0]
     assert spent == (2 * 4 * SEQ_LEN, 2 * 4 * SEQ_LEN) and len(rows) == STEPS
     assert [row["train/lr"] for row in rows] == pytest.approx(rates)
     for found, of in ((trunk, rates[:2]), (member, rates)):

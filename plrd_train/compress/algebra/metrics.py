@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from plrd_train.compress.algebra.factors import largest
-from plrd_train.compress.algebra.truncate import Metric, Moment, peak_bytes
-from plrd_train.compress.ranks import Shape
+from plrd_train.compress.algebra.truncate import Metric, Moment, Size, peak_bytes
 
 # What no text has shown counts this share of all, and rounding, of either sign, no more. Sums in float32 round to 1e-7
 # of the largest eigenvalue of a moment; yet the floor stands lower, since a single token with massive activations
@@ -28,10 +27,10 @@ def whitening(moment: Tensor) -> Moment | Metric:
     return Moment(moment, floor) if floor > 0.0 else Metric(moment.new_ones(len(moment)))
 
 
-def whitened_peak_bytes(shape: Shape) -> int:
-    """What decomposing and cutting that Linear in the metric of its inputs' moment takes, the moment itself
+def whitened_peak_bytes(size: Size) -> int:
+    """What decomposing and cutting a weight of that size in the metric of its inputs' moment takes, the moment itself
     included."""
-    return 4 * shape.in_features**2 + peak_bytes(shape, right="moment")
+    return 4 * size.in_features**2 + peak_bytes(size, right="moment")
 
 
 def by_channel(weights: Tensor) -> Metric:

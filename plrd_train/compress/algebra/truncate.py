@@ -14,12 +14,33 @@ from torch import Tensor
 from plrd_train.compress.algebra.dense import Dense
 from plrd_train.compress.algebra.factors import ABSOLUTE, RELATIVE, Factors, Metric, Moment
 from plrd_train.compress.algebra.product import Product
-from plrd_train.compress.ranks import Shape
 
-__all__ = ["ABSOLUTE", "RELATIVE", "Factors", "Metric", "Moment", "Spectral", "of_dense", "of_product", "peak_bytes"]
+__all__ = [
+    "ABSOLUTE",
+    "RELATIVE",
+    "Factors",
+    "Metric",
+    "Moment",
+    "Size",
+    "Spectral",
+    "of_dense",
+    "of_product",
+    "peak_bytes",
+]
 
 # How a metric is given: by a root, which is a matrix or the diagonal of one, or as a moment; or none.
 Form = Literal["full", "diagonal", "moment", None]
+
+
+class Size(Protocol):
+    """The size of a weight: `out_features` x `in_features`, and its rank where it is a product (None: dense)."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def rank(self) -> int | None: ...
 
 
 class Spectral(Protocol):
@@ -61,9 +82,9 @@ def of_product(
 
 
 def peak_bytes(
-    shape: Shape, rank: int | None = None, *, left: Form = None, right: Form = None, dtype: torch.dtype = torch.float32
+    size: Size, rank: int | None = None, *, left: Form = None, right: Form = None, dtype: torch.dtype = torch.float32
 ) -> int:
-    """The most that decomposing a Linear of that shape and cutting it at `rank` (None: the largest that makes it
+    """The most that decomposing a weight of that size and cutting it at `rank` (None: the largest that makes it
     smaller) takes at once, in bytes: factors included, float32 weights and moments and metrics of other dtypes not.
     `left` and `right` are the forms of the metrics.
 
@@ -71,21 +92,21 @@ def peak_bytes(
     LAPACK with its workspace; also where the root of a moment takes its eigendecomposition, but where no root is needed
     it counts none.
     """
-    m, n = shape.out_features, shape.in_features
+    m, n = size.out_features, size.in_features
     small, metrics = min(m, n), sum(form is not None for form in (left, right))
-    rootless = shape.rank is None and (left, right) == ((None, "moment") if m < n else ("moment", None))
-    sizes = {"full": 2, "diagonal": 1, "moment": 0 if rootless else 2, None: None}
-    roots = sum(size**power for form, size in ((left, m), (right, n)) if (power := sizes[form]))
-    rooting = 0 if rootless else max(8 * size**2 if form == "moment" else 0 for form, size in ((left, m), (right, n)))
-    rank = rank or shape.rank or (m * n - 1) // (m + n)
+    rootless = size.rank is None and (left, right) == ((None, "moment") if m < n else ("moment", None))
+    powers = {"full": 2, "diagonal": 1, "moment": 0 if rootless else 2, None: None}
+    roots = sum(side**power for form, side in ((left, m), (right, n)) if (power := powers[form]))
+    rooting = 0 if rootless else max(8 * side**2 if form == "moment" else 0 for form, side in ((left, m), (right, n)))
+    rank = rank or size.rank or (m * n - 1) // (m + n)
     wide = dtype.itemsize // 4  # all is counted in float32
-    if shape.rank is None:
+    if size.rank is None:
         near = (left if m < n else right) is not None  # a metric on the side of the eigenvectors
         balance = (22 if near else 15) * rank**2 if metrics else small * rank
         decompose = wide * max(4 * small**2, 0 if rootless else metrics * m * n + small**2)
         cut = wide * small**2 + rank * (m + n) + balance
     else:
-        k = shape.rank
+        k = size.rank
         balance = (
             4 * k * rank + max(12 * k**2, 4 * k**2 + 17 * rank**2) if metrics else 2 * wide * k * rank + rank * (m + n)
         )

@@ -2,23 +2,14 @@
 conf/factorizer/) adds the method."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from plrd_train.compress.algebra.truncate import Spectral
+from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.ranks import Shape
 from plrd_train.registry import Registry
-
-if TYPE_CHECKING:
-    from plrd_train.compress.blocks import Block
-    from plrd_train.compress.owned import Kept
-    from plrd_train.compress.rounds import Decomposed, Shards
-
-# What calibration text tells of one Linear, by `plrd_train.compress.calibration`: "inputs" is the second moment of its
-# input, (in, in); "magnitudes" the mean magnitude of each input channel and "gradients" the Fisher information of each,
-# (in,).
-Statistic = Tensor
 
 
 class Factorizer(Protocol):
@@ -29,12 +20,12 @@ class Factorizer(Protocol):
     """Whether a Linear is factored on the inputs that the Linears before it give once they are factored: then it is
     `Sequential`."""
 
-    statistics: ClassVar[str | None]
-    """What it needs to know of each Linear: the name of a Statistic, or None. A method that needs one has a setting
-    `calibration_tokens`."""
+    statistic: ClassVar[str | None]
+    """The name of the statistic (`plrd_train.compress.statistics`) that it needs of each Linear; None: none. A method
+    that needs one has a setting `calibration_tokens`."""
 
     def dense(self, weight: Tensor, statistic: Any) -> Spectral:
-        """Decompose a dense `weight` (out, in). `statistic` is the Statistic that `statistics` names, or None."""
+        """Decompose a dense `weight` (out, in). `statistic` is the Linear's statistic of that name, or None."""
         ...
 
     def product(self, up: Tensor, down: Tensor, statistic: Any) -> Spectral:
@@ -56,12 +47,12 @@ class Sequential(Factorizer, Protocol):
 
     def in_order(
         self,
-        engine: "Shards",
-        walk: "Callable[[], Iterator[Block]]",
+        engine: Shards,
+        walk: Callable[[], Iterator[Block]],
         shapes: Mapping[str, Shape],
         ranks: Mapping[str, int],
-        kept: "Kept | None" = None,
-    ) -> "Iterator[Decomposed]":
+        kept: Cache | None = None,
+    ) -> Iterator[Decomposed]:
         """Factor every Linear named in `ranks` to that rank and yield its factors as shards, by
         `plrd_train.compress.finished.block_by_block`. Each `walk` begins anew, over the weights of `engine` and all of
         the calibration text."""

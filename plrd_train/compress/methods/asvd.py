@@ -8,7 +8,6 @@ from torch import Tensor
 
 from plrd_train.compress.algebra.metrics import by_channel
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product, peak_bytes
-from plrd_train.compress.methods import Statistic
 from plrd_train.compress.ranks import Shape
 
 
@@ -18,7 +17,7 @@ class Factorizer:
     `alpha` (0.5 in the paper)."""
 
     sequential: ClassVar[bool] = False
-    statistics: ClassVar[str | None] = "magnitudes"
+    statistic: ClassVar[str | None] = "magnitudes"
 
     calibration_tokens: int
     alpha: float
@@ -27,10 +26,10 @@ class Factorizer:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}: it must lie in 0..1")
 
-    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+    def dense(self, weight: Tensor, statistic: Tensor) -> Spectral:
         return of_dense(weight, right=by_channel(statistic**self.alpha))
 
-    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+    def product(self, up: Tensor, down: Tensor, statistic: Tensor) -> Spectral:
         return of_product(up, down, right=by_channel(statistic**self.alpha))
 
     def peak_bytes(self, shape: Shape) -> int:

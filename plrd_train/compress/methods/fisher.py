@@ -11,7 +11,6 @@ from torch import Tensor
 
 from plrd_train.compress.algebra.metrics import by_channel
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product, peak_bytes
-from plrd_train.compress.methods import Statistic
 from plrd_train.compress.ranks import Shape
 
 
@@ -21,14 +20,14 @@ class Factorizer:
     corpus."""
 
     sequential: ClassVar[bool] = False
-    statistics: ClassVar[str | None] = "gradients"
+    statistic: ClassVar[str | None] = "gradients"
 
     calibration_tokens: int
 
-    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+    def dense(self, weight: Tensor, statistic: Tensor) -> Spectral:
         return of_dense(weight, right=by_channel(statistic.sqrt()))
 
-    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+    def product(self, up: Tensor, down: Tensor, statistic: Tensor) -> Spectral:
         return of_product(up, down, right=by_channel(statistic.sqrt()))
 
     def peak_bytes(self, shape: Shape) -> int:

@@ -26,14 +26,11 @@ from torch import Tensor, nn
 from plrd_train.compress.algebra.factors import symmetrized
 from plrd_train.compress.algebra.metrics import FLOOR, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product, peak_bytes
-from plrd_train.compress.blocks import Block
-from plrd_train.compress.calibration import added_up
+from plrd_train.compress.collect import added_up
+from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.finished import block_by_block
 from plrd_train.compress.linear import LowRankLinear
-from plrd_train.compress.methods import Statistic
-from plrd_train.compress.owned import Kept
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, Shards
 from plrd_train.compress.sequential import Made, Step, counted, factor, given, inside, steps
 
 # What counts as evidence that a channel is what it was, as a share of what the text gives of that channel. It lies well
@@ -52,7 +49,7 @@ class Factorizer:
 
     sequential: ClassVar[bool] = True
     trains_blocks: ClassVar[bool] = True
-    statistics: ClassVar[str | None] = "inputs"
+    statistic: ClassVar[str | None] = "inputs"
 
     calibration_tokens: int
     epochs: int
@@ -64,10 +61,10 @@ class Factorizer:
             if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
 
-    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+    def dense(self, weight: Tensor, statistic: Tensor) -> Spectral:
         return of_dense(weight, right=whitening(statistic))
 
-    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+    def product(self, up: Tensor, down: Tensor, statistic: Tensor) -> Spectral:
         return of_product(up, down, right=whitening(statistic))
 
     def peak_bytes(self, shape: Shape) -> int:
@@ -83,7 +80,7 @@ class Factorizer:
         walk: Callable[[], Iterator[Block]],
         shapes: Mapping[str, Shape],
         ranks: Mapping[str, int],
-        kept: Kept | None = None,
+        kept: Cache | None = None,
     ) -> Iterator[Decomposed]:
         """`plrd_train.compress.methods.Sequential`. In memory are two blocks, the hidden states before each, and while
         a block is trained the gradients and moments of its factors."""

@@ -15,12 +15,9 @@ from torch import Tensor
 
 from plrd_train.compress.algebra.metrics import whitened_peak_bytes, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product
-from plrd_train.compress.blocks import Block
+from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
 from plrd_train.compress.finished import block_by_block
-from plrd_train.compress.methods import Statistic
-from plrd_train.compress.owned import Kept
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import Decomposed, Shards
 from plrd_train.compress.sequential import factor_block
 
 
@@ -30,14 +27,14 @@ class Factorizer:
 
     sequential: ClassVar[bool] = True
     trains_blocks: ClassVar[bool] = False
-    statistics: ClassVar[str | None] = "inputs"
+    statistic: ClassVar[str | None] = "inputs"
 
     calibration_tokens: int
 
-    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+    def dense(self, weight: Tensor, statistic: Tensor) -> Spectral:
         return of_dense(weight, right=whitening(statistic))
 
-    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+    def product(self, up: Tensor, down: Tensor, statistic: Tensor) -> Spectral:
         return of_product(up, down, right=whitening(statistic))
 
     def in_order(
@@ -46,7 +43,7 @@ class Factorizer:
         walk: Callable[[], Iterator[Block]],
         shapes: Mapping[str, Shape],
         ranks: Mapping[str, int],
-        kept: Kept | None = None,
+        kept: Cache | None = None,
     ) -> Iterator[Decomposed]:
         return block_by_block(
             engine, [walk()], shapes, ranks, self, lambda block: factor_block(engine, block, shapes, ranks, self), kept

@@ -6,7 +6,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product, peak_bytes
-from plrd_train.compress.methods import Statistic
 from plrd_train.compress.ranks import Shape
 
 
@@ -15,12 +14,12 @@ class Factorizer:
     """The best pair in the Frobenius norm of the weight; needs no data and has no settings."""
 
     sequential: ClassVar[bool] = False
-    statistics: ClassVar[str | None] = None
+    statistic: ClassVar[str | None] = None
 
-    def dense(self, weight: Tensor, statistic: Statistic | None = None) -> Spectral:
+    def dense(self, weight: Tensor, statistic: Tensor | None = None) -> Spectral:
         return of_dense(weight)
 
-    def product(self, up: Tensor, down: Tensor, statistic: Statistic | None = None) -> Spectral:
+    def product(self, up: Tensor, down: Tensor, statistic: Tensor | None = None) -> Spectral:
         return of_product(up, down)
 
     def peak_bytes(self, shape: Shape) -> int:

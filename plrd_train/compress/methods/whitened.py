@@ -13,7 +13,6 @@ from torch import Tensor
 
 from plrd_train.compress.algebra.metrics import whitened_peak_bytes, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product
-from plrd_train.compress.methods import Statistic
 from plrd_train.compress.ranks import Shape
 
 
@@ -22,14 +21,14 @@ class Factorizer:
     """`calibration_tokens` of the training corpus tell the inputs; in each stage those of the model as it is then."""
 
     sequential: ClassVar[bool] = False
-    statistics: ClassVar[str | None] = "inputs"
+    statistic: ClassVar[str | None] = "inputs"
 
     calibration_tokens: int
 
-    def dense(self, weight: Tensor, statistic: Statistic) -> Spectral:
+    def dense(self, weight: Tensor, statistic: Tensor) -> Spectral:
         return of_dense(weight, right=whitening(statistic))
 
-    def product(self, up: Tensor, down: Tensor, statistic: Statistic) -> Spectral:
+    def product(self, up: Tensor, down: Tensor, statistic: Tensor) -> Spectral:
         return of_product(up, down, right=whitening(statistic))
 
     def peak_bytes(self, shape: Shape) -> int:

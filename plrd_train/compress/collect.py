@@ -1,17 +1,16 @@
-"""What calibration text says of the Linears of a live sharded model: moments of their inputs, or of the gradients of
-their weights.
+"""Statistics of the Linears of a live sharded model, by passes over calibration text.
 
-The text is split over the ranks, each of which adds up its own part; the sums then go to the ranks that factor the
-Linears (`owners`). Linears that are given the very same input (query, key and value; gate and up) share one sum. The
-Linears are taken in windows, in the order in which the model calls them, one pass over the text each, so that the sums
-which exist at once on a rank stay below a bound: those of a whole 7B model take 21 GB.
+Each rank adds up its own part of the text; the sums then go to the ranks that factor the Linears (`owners`). Linears
+that receive the same input (query, key and value; gate and up) share one sum. The Linears are taken in windows, in the
+order in which the model calls them, with one pass over the text for each window. So the sums that a rank holds at once
+stay below a bound: those of a whole 7B model take 21 GB.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,127 +18,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from plrd_train.compress.algebra.factors import symmetrized
-from plrd_train.compress.methods import Statistic
+from plrd_train.compress.contracts import DecompositionError, Live, Shards
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import DecompositionError, Shards, owners
+from plrd_train.compress.rounds import owners
+from plrd_train.compress.statistics import STATISTICS, Statistic
 
 WINDOW_BYTES = 8 * 2**30
 
 
-class Live(Shards, Protocol):
-    """A sharded causal LM of transformers that can run: every engine."""
-
-    @property
-    def model(self) -> nn.Module: ...
-
-
-class Kind(Protocol):
-    """One kind of statistic, a float32 mean over the text."""
-
-    of_gradients: ClassVar[bool]
-
-    @staticmethod
-    def size(shape: Shape) -> tuple[int, ...]:
-        """The statistic's own shape."""
-        ...
-
-    @staticmethod
-    def add(total: Tensor, x: Tensor, grad: Tensor) -> int:
-        """Add to `total` what inputs `x` (tokens, in) and the gradients `grad` (tokens, out) of the loss with respect
-        to the outputs tell, both float32; without `of_gradients`, `grad` is empty. Returns how many terms of the mean
-        these are."""
-        ...
-
-
-class Inputs:
-    """The second moment of the input, E[x x^T] over the tokens: (in, in)."""
-
-    of_gradients: ClassVar[bool] = False
-
-    @staticmethod
-    def size(shape: Shape) -> tuple[int, ...]:
-        return shape.in_features, shape.in_features
-
-    @staticmethod
-    def add(total: Tensor, x: Tensor, grad: Tensor) -> int:
-        total.addmm_(x.T, x)
-        return len(x)
-
-
-class Magnitudes:
-    """The mean magnitude of each input channel, E|x| over the tokens: (in,)."""
-
-    of_gradients: ClassVar[bool] = False
-
-    @staticmethod
-    def size(shape: Shape) -> tuple[int, ...]:
-        return (shape.in_features,)
-
-    @staticmethod
-    def add(total: Tensor, x: Tensor, grad: Tensor) -> int:
-        total += x.abs().sum(0)
-        return len(x)
-
-
-class Gradients:
-    """The empirical Fisher information of each input channel: E[sum over the channel's weights of (d nll / d w)^2] over
-    the sequences, (in,).
-
-    The weight is up @ down where the Linear is low-rank.
-    """
-
-    of_gradients: ClassVar[bool] = True
-
-    @staticmethod
-    def size(shape: Shape) -> tuple[int, ...]:
-        return (shape.in_features,)
-
-    @staticmethod
-    def add(total: Tensor, x: Tensor, grad: Tensor) -> int:
-        total += (grad.T @ x).square_().sum(0)
-        return 1
-
-
-KINDS: dict[str, type[Kind]] = {"inputs": Inputs, "magnitudes": Magnitudes, "gradients": Gradients}
-
-
 def collect(
     engine: Live,
-    kind: str,
+    statistic: str,
     shapes: Mapping[str, Shape],
     names: Collection[str],
     batches: Sequence[Tensor],
     window_bytes: int = WINDOW_BYTES,
-) -> Iterator[tuple[list[str], dict[str, Statistic]]]:
-    """Yield the Linears `names` window by window, and the statistics of those of a window's Linears that this rank
-    owns: what `decompose` takes.
+) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+    """Yield the Linears `names` window by window, each with the statistics of those Linears that this rank owns, as
+    `plrd_train.compress.rounds.decompose` takes them.
 
-    `batches` are this rank's own, each (n, length) token ids; a rank may have none, and how the text is split changes
-    the result by rounding alone. `shapes` says what each Linear is now. The sums of a window take at most
-    `window_bytes` on each rank, or what one input takes where that is more. The model is left as it was, without
+    `batches` are those of this rank, each (n, length) token ids; a rank may have none. How the text is split changes
+    the result by rounding alone. `shapes` are the present shapes of the Linears. The sums of a window take at most
+    `window_bytes` on each rank, or the size of one sum where that is more. The model is left unchanged, without
     gradients. Each step of the iteration is a collective.
 
-    Raises DecompositionError, on every rank alike, where the model does not call one of the Linears.
+    Raises DecompositionError, on every rank alike, where the model does not call one of the Linears, or a Linear
+    receives no token.
     """
-    chosen = KINDS[kind]
+    chosen = STATISTICS.get(statistic)
     engine.model.eval()
     groups = distinct_inputs(engine.model, names, lambda: logits_of(engine, None))
     called = {name for group in groups for name in group}
     for name in names:
         if name not in called:
             raise DecompositionError(f"{name}: the model does not call it, so that no calibration text can reach it")
-    if chosen.of_gradients:
+    if chosen.USES_GRADIENTS:
         groups = [(name,) for group in groups for name in group]
     for window in _windows(groups, shapes, chosen, window_bytes):
         part = [name for group in window for name in group]
         owner = owners(shapes, part, engine.world_size)
         sums = [Sum(chosen, torch.zeros(chosen.size(shapes[group[0]]), device=engine.device)) for group in window]
-        (_backward if chosen.of_gradients else _forward)(
+        (_backward if chosen.USES_GRADIENTS else _forward)(
             engine, {group[0]: one for group, one in zip(window, sums, strict=True)}, batches
         )
         counts = [sum(parts) for parts in zip(*engine.share([one.count for one in sums]), strict=True)]
-        own: dict[str, Statistic] = {}
+        own: dict[str, Tensor] = {}
         for group, count in zip(window, counts, strict=True):
             if not count:
                 raise DecompositionError(f"{group[0]}: no token of the calibration text reaches it")
@@ -186,29 +109,27 @@ def hooked(
 class Sum:
     """This rank's part of one statistic: a sum of `count` terms."""
 
-    kind: type[Kind]
+    statistic: Statistic
     total: Tensor
     count: int = 0
-    counting: bool = True  # not while a rank without text takes part in the passes of the others
+    counting: bool = True  # False while a rank without text takes part in the passes of the others
 
     def add(self, x: Tensor, grad: Tensor | None = None) -> None:
-        """Add inputs `x` (…, in) and, where the kind is `of_gradients`, gradients `grad` (…, out)."""
+        """Add inputs `x` (…, in) and, for a statistic that uses gradients, `grad` (…, out)."""
         if self.counting:
             grad = x.new_empty(1, 0) if grad is None else grad
-            self.count += self.kind.add(self.total, x.flatten(0, -2).float(), grad.flatten(0, -2).float())
+            self.count += self.statistic.add(self.total, x.flatten(0, -2).float(), grad.flatten(0, -2).float())
 
     def mean(self, engine: Shards, count: int, owners: Collection[int]) -> Tensor | None:
-        """The ranks' sums, of `count` terms in all, over that number, on the ranks `owners`; None elsewhere. A
-        collective, which ends the sum."""
+        """The statistic over the text of all ranks, whose sums have `count` terms together, on the ranks `owners`; None
+        on the others. A collective. The sum must not be used afterwards."""
         total = added_up(engine, self.total, owners)
-        if total is None:
-            return None
-        # In place, as a copy would be what a rank holds most of. A product of matrices is symmetric but for rounding.
-        return symmetrized(total.div_(count)) if total.ndim == 2 else total.div_(count)
+        return None if total is None else self.statistic.mean(total, count)
 
 
 def added_up(engine: Shards, total: Tensor, owners: Collection[int]) -> Tensor | None:
-    """The sum of the ranks' `total`, which ends, on the ranks `owners`; None elsewhere. A collective."""
+    """The sum over the ranks of `total`, which is overwritten, on the ranks `owners`; None on the others. A
+    collective."""
     if engine.world_size > 1:
         if len(owners) == 1:
             dist.reduce(total, dst=min(owners))
@@ -218,12 +139,12 @@ def added_up(engine: Shards, total: Tensor, owners: Collection[int]) -> Tensor |
 
 
 def _windows(
-    groups: Sequence[tuple[str, ...]], shapes: Mapping[str, Shape], kind: type[Kind], limit: int
+    groups: Sequence[tuple[str, ...]], shapes: Mapping[str, Shape], statistic: Statistic, limit: int
 ) -> Iterator[list[tuple[str, ...]]]:
     window: list[tuple[str, ...]] = []
     held = 0
     for group in groups:
-        size = 4 * torch.Size(kind.size(shapes[group[0]])).numel()
+        size = 4 * torch.Size(statistic.size(shapes[group[0]])).numel()
         if window and held + size > limit:
             yield window
             window, held = [], 0

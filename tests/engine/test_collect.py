@@ -9,11 +9,12 @@ from sharded import batches, factor, live_bytes, logits, opened, shapes_of, trai
 from torch import nn
 from torch.nn import functional as F
 
-from plrd_train.compress.calibration import KINDS, collect, distinct_inputs
+from plrd_train.compress.collect import collect, distinct_inputs
+from plrd_train.compress.contracts import DecompositionError
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.rounds import DecompositionError
 from plrd_train.compress.surgery import eligible_linears
 
+KINDS = ("inputs", "magnitudes", "gradients")
 TEXT = torch.randint(3, 64, (5, 11), generator=torch.Generator().manual_seed(1))
 ENGINES = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 
