@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import Row, device, seconds
-from plrd_train.compress.algebra.factors import Factors
+from plrd_train.compress.algebra.gram import Factors
 from plrd_train.compress.algebra.truncate import of_dense, of_product
 from plrd_train.compress.allocations.uniform import Allocation
 from plrd_train.compress.ranks import Shape
@@ -146,7 +146,7 @@ def _rank(rank: int, size: int, folder: Path, taken: dict) -> None:
     )
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
-    from plrd_train.compress.methods.svd import Factorizer
+    from plrd_train.compress.methods.svd import Method
     from plrd_train.compress.rounds import decompose
     from plrd_train.compress.surgery import eligible_linears
     from plrd_train.engine.fsdp import Options, open_engine
@@ -167,7 +167,7 @@ def _rank(rank: int, size: int, folder: Path, taken: dict) -> None:
 
     def work() -> None:
         world.share(None)
-        list(decompose(engine, shapes, ranks, Factorizer()))
+        list(decompose(engine, shapes, ranks, Method()))
 
     taken[rank] = seconds([work], 3)[0]
     world.close()

@@ -28,7 +28,7 @@ from plrd_train.compress.algebra.truncate import Spectral
 from plrd_train.compress.collect import collect
 from plrd_train.compress.forms import pifa
 from plrd_train.compress.linear import LowRankLinear
-from plrd_train.compress.methods.whitened import Factorizer
+from plrd_train.compress.methods.whitened import Method
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.surgery import eligible_linears, replace_linears
 from plrd_train.data.calibration import calibration_batches
@@ -163,7 +163,7 @@ def _decomposed(parent: Published, calibration: Sequence[Tensor]) -> dict[str, S
     """Every eligible Linear of the parent, decomposed in the metric of its inputs on the `calibration` text."""
     linears = dict(eligible_linears(parent.model))
     shapes = {name: Shape.of(linear) for name, linear in linears.items()}
-    method, spectra = Factorizer(calibration_tokens=CALIBRATION), {}
+    method, spectra = Method(calibration_tokens=CALIBRATION), {}
     for names, moments in collect(parent, "inputs", shapes, list(shapes), calibration):
         spectra.update({name: method.dense(linears[name].weight, moments[name]) for name in names})
     return spectra

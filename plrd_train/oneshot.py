@@ -24,7 +24,7 @@ from plrd_train.compress.blocks import Alone, blocks_of
 from plrd_train.compress.budget import last_blocks
 from plrd_train.compress.compressor import Allocated, Needs, Ranks, Source
 from plrd_train.compress.contracts import AllocationError, Decomposed, DecompositionError
-from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.factor_cache import FactorCache
 from plrd_train.compress.rounds import changes
 from plrd_train.config.schema import Config
 from plrd_train.errors import UserError
@@ -75,7 +75,7 @@ class OneShot:
         )
         self._reader = WeightReader(parent)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.kept = KeptFactors(unfinished, self._device)
+        self.kept = FactorCache(unfinished, self._device)
 
     def of_budget(self, budget: float) -> Ranks:
         """The ranks of a member that keeps that share of all parameters (LLM-ROM)."""

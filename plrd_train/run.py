@@ -13,7 +13,7 @@ from torch import Tensor
 from plrd_train.compress import forms
 from plrd_train.compress.compressor import Source
 from plrd_train.compress.contracts import AllocationError, Decomposed, DecompositionError
-from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.factor_cache import FactorCache
 from plrd_train.compress.packing import packed
 from plrd_train.compress.ranks import Shape
 from plrd_train.config import resolved
@@ -118,7 +118,7 @@ class Run:
 
         self.family: Family = world.on_main(lambda: Family.read(run_dir, must_exist=False))
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, config.checkpoint.keep)
-        self.kept = KeptFactors(run_dir / "factors", world.device)
+        self.kept = FactorCache(run_dir / "factors", world.device)
         self.counters = Counters()
         self._texts: dict[tuple[int, int], list[Tensor]] = {}  # (stage, tokens) -> calibration text, of one stage
         self._branch_of: Snapshot | None = None  # the trunk, of a stage that goes on in its branch

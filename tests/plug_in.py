@@ -16,19 +16,100 @@ def params(out_features, in_features, rank):  # half of what the pair costs, so 
 def most_rank(out_features, in_features, params):
     return min(int(2 * params / (out_features + in_features)), out_features, in_features)
 """,
-    "conf/factorizer/scaled.yaml": "name: scaled\nscale: 0.5\n",
-    "compress/methods/scaled.py": """
-from dataclasses import dataclass
-
-from plrd_train.compress.methods.svd import Factorizer as Svd
+    "compress/methods/_labelled.py": """
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
-class Factorizer(Svd):
-    scale: float
+class Labelled:
+    spectral: Any
+    label: float
+
+    @property
+    def values(self):
+        return self.spectral.values
+
+    def cut(self, rank):
+        return replace(self.spectral.cut(rank), rel_error=self.label)
+
+    def to(self, device):
+        return replace(self, spectral=self.spectral.to(device))
+""",
+    "conf/factorizer/labelled.yaml": "name: labelled\nlabel: 0.5\n",
+    "compress/methods/labelled.py": """
+from dataclasses import dataclass
+
+from mine.compress.methods._labelled import Labelled
+
+from plrd_train.compress.methods.svd import Method as Svd
+
+
+@dataclass(frozen=True)
+class Method(Svd):  # the error that it reports is its setting
+    label: float
 
     def dense(self, weight, statistic=None):
-        return super().dense(weight * self.scale)
+        return Labelled(super().dense(weight), self.label)
+""",
+    "compress/statistics/counts.py": """
+USES_GRADIENTS = False
+
+
+def size(shape):
+    return (1,)
+
+
+def add(total, x, grad):
+    total += len(x)
+    return len(x)
+
+
+def mean(total, count):  # the tokens that have reached the Linear
+    return total
+""",
+    "conf/factorizer/counting.yaml": "name: counting\ncalibration_tokens: 64\n",
+    "compress/methods/counting.py": """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mine.compress.methods._labelled import Labelled
+
+from plrd_train.compress.methods.svd import Method as Svd
+from plrd_train.compress.steps import factor_by_statistic
+
+
+@dataclass(frozen=True)
+class Method(Svd):  # in order, and the error that it reports is the number of tokens
+    sequential: ClassVar[bool] = True
+    keeps_original: ClassVar[bool] = False
+    trains_blocks: ClassVar[bool] = False
+    statistic: ClassVar[str | None] = "counts"
+
+    calibration_tokens: int
+
+    def dense(self, weight, statistic=None):
+        return Labelled(super().dense(weight), statistic.item())
+
+    def factor_block(self, task):
+        return factor_by_statistic(task, self)
+""",
+    "conf/ranks/fixed.yaml": "name: fixed\nmultiple: 1\nrank: 4\n",
+    "compress/allocations/fixed.py": """
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Allocation:
+    spectra: ClassVar[bool] = True
+    losses: ClassVar[bool] = False
+
+    multiple: int
+    rank: int
+
+    def ranks(self, shapes, ratio, values, losses):
+        return {name: min(self.rank, len(values[name])) for name in shapes}
 """,
     "conf/objective/halved.yaml": "name: halved\n",
     "recover/objectives/halved.py": """

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from plug_in import install
+from safetensors import safe_open
 
 from plrd_train.compress.forms import FORMS
 from plrd_train.registry import NoSettings, Registry
@@ -20,17 +21,37 @@ def run(folder, *arguments):
 
 def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     install(tmp_path / "site")
-    chosen = ("form=halves", "factorizer=scaled", "factorizer.scale=0.25", "objective=halved", "stages.ratios=[2]")
-    family, steps = {}, {}
-    for name, settings in {"ours": ["stages.ratios=[2]"], "theirs": chosen}.items():
-        done = run(tmp_path / "site", "plrd_train", *command(tmp_path / name, *settings))
+    settings = {
+        "one": ("form=halves", "factorizer=labelled", "factorizer.label=0.25", "objective=halved"),
+        "two": ("factorizer=counting", "factorizer.calibration_tokens=48", "ranks=fixed", "ranks.rank=3"),
+    }
+    family, first, events = {}, {}, {}
+    for name, chosen in settings.items():
+        done = run(
+            tmp_path / "site",
+            "plrd_train",
+            *command(tmp_path / name, *chosen, "stages.ratios=[2]", "stages.tokens=256", "evaluation.tokens=500"),
+        )
         assert done.returncode == 0, done.stderr
         family[name] = json.loads((tmp_path / name / "family.json").read_text())["members"][0]
-        steps[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
-    assert family["theirs"]["form"] == "halves"
-    assert all(rank > 1.9 * family["ours"]["ranks"][name] for name, rank in family["theirs"]["ranks"].items())
-    assert family["theirs"]["eval_factored"] != family["ours"]["eval_factored"]  # of scaled weights
-    assert steps["theirs"]["train/loss"] < 0.6 * steps["ours"]["train/loss"]
+        first[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        rows = map(json.loads, (tmp_path / name / "events.jsonl").read_text().splitlines())
+        events[name] = [row for row in rows if row["kind"] == "factor"]
+
+    one, two = family["one"], family["two"]
+    assert one["form"] == "halves" and one["ratio"] >= 2
+    with safe_open(tmp_path / "one" / one["path"] / "model.plrd.safetensors", framework="pt") as member:
+        for name, rank in one["ranks"].items():
+            m, n = (
+                member.get_slice(f"{name}.{part}.weight").get_shape()[side] for part, side in (("up", 0), ("down", 1))
+            )
+            assert rank > 0.9 * m * n / (m + n)  # at 2x: two factors would have half of that
+    assert {event["factor/rel_error"] for event in events["one"]} == {0.25}  # the method's setting
+    assert first["one"]["train/loss"] < 0.6 * first["two"]["train/loss"]  # the objective halves it
+
+    assert set(two["ranks"].values()) == {3} and len(two["ranks"]) == len(one["ranks"])  # the allocation's setting
+    assert {event["factor/rel_error"] for event in events["two"]} == {48}  # the statistic counts every token
+    assert [event["linear"] for event in events["two"]] == list(two["ranks"])  # in order
 
 
 def test_a_name_that_two_packages_have_is_refused(tmp_path):

@@ -81,7 +81,7 @@ class Alone:
         assert tensor is not None
         return tensor
 
-    def share(self, value: object) -> list:
+    def share(self, value: object) -> list[Any]:
         return [value]
 
 

@@ -7,6 +7,7 @@ live sharded model, or a checkpoint of which one block is in memory at a time.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -17,10 +18,10 @@ from plrd_train.compress.blocks import gathered, walk
 from plrd_train.compress.collect import collect
 from plrd_train.compress.contracts import AllocationError, Architecture, Block, Cache, Decomposed, Live, Shards
 from plrd_train.compress.losses import measure
-from plrd_train.compress.methods import Factorizer
+from plrd_train.compress.methods import Method, SequentialMethod
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.rounds import NONE, Spectra, changes, decompose
-from plrd_train.compress.sequential import collect_in_order
+from plrd_train.compress.sequential import collect_in_order, factor_in_order
 from plrd_train.compress.statistics import STATISTICS
 
 Ranks = dict[str, int]
@@ -65,7 +66,7 @@ class Source:
     engine: Shards
     architecture: Architecture
     text: Callable[[int], Sequence[Tensor]]
-    kept: Cache | None = None
+    cache: Cache | None = None
     progress: Callable[[str, int], AbstractContextManager[Callable[[], object]]] = _silent
 
     def statistics(
@@ -101,7 +102,7 @@ class Allocated:
 class Compressor:
     """`method` finds the factors, `allocation` the ranks that a ratio comes to."""
 
-    method: Factorizer
+    method: Method
     allocation: Allocation
 
     def needs(self, by_ratio: bool = True) -> Needs:
@@ -138,9 +139,10 @@ class Compressor:
         allocated.spectra = None  # it holds all that was decomposed, and its memory is needed
         if self.method.sequential:
             del spectra
-            in_order = cast(Any, self.method).in_order
+            method = cast(SequentialMethod, self.method)
             for i, ranks in enumerate(todo):
-                for made in in_order(source.engine, lambda: source.blocks(self.method), shapes, ranks, source.kept):
+                walk = partial(source.blocks, method)
+                for made in factor_in_order(source.engine, walk, shapes, ranks, method, source.cache):
                     yield i, made
         elif spectra:
             yield from _cut(spectra, todo, [name for name in shapes if any(name in ranks for ranks in todo)])
@@ -157,17 +159,17 @@ class Compressor:
             if len(todo) == 1:
                 ranks = {name: todo[0][name] for name in part}
                 yield from (
-                    (0, made) for made in decompose(source.engine, shapes, ranks, self.method, statistics, source.kept)
+                    (0, made) for made in decompose(source.engine, shapes, ranks, self.method, statistics, source.cache)
                 )
                 continue
             for few in [part] if statistics else [[name] for name in part]:
-                spectra = Spectra(source.engine, shapes, self.method, source.kept)
+                spectra = Spectra(source.engine, shapes, self.method, source.cache)
                 spectra.add(few, statistics)
                 yield from _cut(spectra, todo, few)
 
     def _spectra(self, source: Source, shapes: Mapping[str, Shape]) -> Spectra:
         """All Linears decomposed, by the statistics of the model as it stands."""
-        spectra = Spectra(source.engine, shapes, self.method, source.kept)
+        spectra = Spectra(source.engine, shapes, self.method, source.cache)
         with source.progress("decompose", len(shapes)) as step:
             for part, statistics in source.statistics(self.method, shapes, shapes):
                 spectra.add(part, statistics, lambda name: step())

@@ -1,7 +1,8 @@
 """The protocols and records that the modules of this folder share, so that none of them imports another in a circle.
 
-Imports run one way: `algebra` and this module import torch alone, and the rest of the folder builds on them. What a
-form, a method, a statistic or an allocation has to define stands in the `__init__.py` of its own folder.
+Imports run one way: `algebra` imports torch alone, `ranks` knows the forms, and the rest of the folder builds on these
+and on this module. What a form, a method, a statistic or an allocation has to define stands in the `__init__.py` of its
+own folder.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from plrd_train.compress.ranks import Shape
 
 # The arguments of a block's forward beside its hidden states: positional and by keyword.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -42,7 +45,7 @@ class Shards(Protocol):
         engine shards a parameter of that shape."""
         ...
 
-    def share(self, value: object) -> list:
+    def share(self, value: object) -> list[Any]:
         """The small picklable `value` of every rank, in rank order, on every rank."""
         ...
 
@@ -90,7 +93,8 @@ class Block:
         """The hidden states (n, length, hidden) that the block returns for that batch."""
         args, kwargs = self.calls[batch]
         output = self.module(self.inputs[batch], *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
@@ -100,6 +104,39 @@ class Block:
                 self.inputs[batch] = self.run(batch)
             self.ran = True
         return self.inputs
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """A block whose Linears are to be factored in order, as a sequential method is given it.
+
+    `block` receives its inputs from the blocks before it as they were factored. It is the same on every rank but for
+    the text. `original` is the block as it was, with inputs from the original blocks before it; None where the method
+    does not keep it. `shapes` and `ranks` are those of the Linears of the whole model.
+    """
+
+    engine: Shards
+    block: Block
+    original: Block | None
+    shapes: Mapping[str, Shape]
+    ranks: Mapping[str, int]
+
+    @property
+    def linears(self) -> list[str]:
+        """The Linears of the block that are to be factored, by their names in the block."""
+        prefix = f"{self.block.name}."
+        return [name.removeprefix(prefix) for name in self.ranks if name.startswith(prefix)]
+
+
+@dataclass(frozen=True)
+class FactorReport:
+    """What every rank knows of a Linear that was factored: its owner, the seconds that it took there, and the errors of
+    the factors (`plrd_train.compress.algebra.truncate.Factors`)."""
+
+    owner: int
+    seconds: float
+    rel_error: float
+    metric_error: float | None
 
 
 @dataclass(frozen=True)

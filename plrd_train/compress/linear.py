@@ -31,7 +31,8 @@ class LowRankLinear(nn.Module):
         return self.down.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
+        y: Tensor = self.up(self.down(x))
+        return y
 
     @torch.no_grad()
     def set_factors(self, up: Tensor, down: Tensor) -> None:

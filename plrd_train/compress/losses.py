@@ -72,6 +72,7 @@ def _loss(engine: Live, batches: Sequence[Tensor]) -> float:
     total, tokens = (sum(parts) for parts in zip(*engine.share((nll, count)), strict=True))
     if not tokens:
         raise DecompositionError("the calibration text holds no token to measure the loss on")
-    if not total < float("inf"):
-        raise DecompositionError(f"the loss on the calibration text is {total / tokens}")
-    return total / tokens
+    mean: float = total / tokens
+    if not mean < float("inf"):
+        raise DecompositionError(f"the loss on the calibration text is {mean}")
+    return mean

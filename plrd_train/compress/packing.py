@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from plrd_train.compress import forms
-from plrd_train.compress.algebra.factors import Factors
+from plrd_train.compress.algebra.gram import Factors
 from plrd_train.compress.contracts import Decomposed, Live
 from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.ranks import Shape
@@ -38,7 +38,8 @@ class Packer:
         return _Packed(*forms.get(self.form).pack(up, down))
 
     def peak_bytes(self, shape: Shape) -> int:
-        return forms.get(self.form).pack_bytes(shape.out_features, shape.in_features, shape.rank or 0)
+        size: int = forms.get(self.form).pack_bytes(shape.out_features, shape.in_features, shape.rank or 0)
+        return size
 
 
 @dataclass(frozen=True)

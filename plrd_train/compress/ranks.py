@@ -44,7 +44,8 @@ class Shape:
 
     def most_rank(self, params: float) -> int:
         """The largest rank that takes at most so many parameters; 0: none."""
-        return forms.get(self.form).most_rank(self.out_features, self.in_features, params)
+        rank: int = forms.get(self.form).most_rank(self.out_features, self.in_features, params)
+        return rank
 
     def shrinks(self, rank: int) -> bool:
         return self.params(rank) < self.dense_params

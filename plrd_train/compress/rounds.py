@@ -19,9 +19,9 @@ from torch import Tensor
 
 from plrd_train.compress.algebra.truncate import Factors
 from plrd_train.compress.contracts import Cache, Decomposed, DecompositionError, Shards
-from plrd_train.compress.methods import Factorizer
-from plrd_train.compress.owned import Weight
+from plrd_train.compress.methods import Method
 from plrd_train.compress.ranks import Shape
+from plrd_train.compress.weight import Weight
 
 NONE: Mapping[str, Tensor] = MappingProxyType({})
 # What a weight that cannot be factored, and a folder in which factors cannot be kept, raise.
@@ -36,7 +36,7 @@ def everywhere(engine: Shards, tensor: Tensor | None, shape: tuple[int, ...], ow
     return whole
 
 
-def agreed(engine: Shards, work: Callable[[], Any]) -> list:
+def agreed(engine: Shards, work: Callable[[], Any]) -> list[Any]:
     """What `work` gives on every rank, in rank order. A collective; raises DecompositionError, on every rank alike,
     where it fails on one."""
     try:
@@ -46,7 +46,7 @@ def agreed(engine: Shards, work: Callable[[], Any]) -> list:
     return _settled(engine, value, failure)
 
 
-def _settled(engine: Shards, value: Any, failure: str | None) -> list:
+def _settled(engine: Shards, value: Any, failure: str | None) -> list[Any]:
     """The `value` of every rank, in rank order. A collective; raises DecompositionError, on every rank alike, where one
     has a `failure`."""
     reports = engine.share((value, failure))
@@ -87,9 +87,9 @@ def decompose(
     engine: Shards,
     shapes: Mapping[str, Shape],
     ranks: Mapping[str, int],
-    factorizer: Factorizer,
+    method: Method,
     statistics: Mapping[str, Tensor] = NONE,
-    kept: Cache | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[Decomposed]:
     """Factor every Linear named in `ranks` to that rank over the live sharded model, which is left as it is.
 
@@ -100,7 +100,7 @@ def decompose(
     """
 
     def work(name: str, parts: list[Tensor]) -> Factors:
-        return Weight(name, parts, statistics.get(name), factorizer, kept).cut(ranks[name])
+        return Weight(name, parts, statistics.get(name), method, cache).cut(ranks[name])
 
     dealt = [dict(enumerate(names)) for names in rounds(shapes, ranks, engine.world_size)]
     for names, factors, reports in _in_rounds(engine, dealt, work, _report, shapes):
@@ -111,10 +111,10 @@ class Spectra:
     """The same in two phases, for ranks that depend on the spectra: `add` decomposes, `cut` factors. What is decomposed
     stays with its owner, in host memory: a weight of m x n takes about m n + min(m, n)^2 numbers of 4 bytes."""
 
-    def __init__(self, engine: Shards, shapes: Mapping[str, Shape], factorizer: Factorizer, kept: Cache | None = None):
+    def __init__(self, engine: Shards, shapes: Mapping[str, Shape], method: Method, cache: Cache | None = None):
         self.values: dict[str, Tensor] = {}
         """The singular values of each Linear added so far (`Spectral.values`), on every rank."""
-        self._engine, self._shapes, self._factorizer, self._kept = engine, shapes, factorizer, kept
+        self._engine, self._shapes, self._method, self._cache = engine, shapes, method, cache
         self._own: dict[str, Weight] = {}
         self._owners: dict[str, int] = {}
 
@@ -127,9 +127,9 @@ class Spectra:
         """Decompose the Linears `names`; otherwise as `decompose`."""
 
         def work(name: str, parts: list[Tensor]) -> Tensor:
-            self._own[name] = weight = Weight(name, parts, statistics.get(name), self._factorizer, self._kept)
+            self._own[name] = weight = Weight(name, parts, statistics.get(name), self._method, self._cache)
             values = weight.values()
-            weight.rest()
+            weight.to_host()
             return values
 
         dealt = [dict(enumerate(part)) for part in rounds(self._shapes, names, self._engine.world_size)]

@@ -119,7 +119,7 @@ def _in_order(
     memory: Any, method: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], walk: Walk
 ) -> float:
     """A rank holds a whole block, its text as hidden states, and what one Linear takes. First come the embeddings: as
-    received, and whole. A method that trains a block holds it as it was, too."""
+    received, and whole. Some methods hold the block as it was, too."""
     sizes = Counter[str]()
     for parameter in before.parameters:
         sizes[parameter.block] += 4 * parameter.numel
@@ -132,7 +132,7 @@ def _in_order(
     one = max(
         max(method.peak_bytes(shapes[name]), _statistic(method, shapes[name]) + walk.runs) for name in ranks
     ) + max(pairs.values())
-    highest = max((2 if method.trains_blocks else 1) * (block + walk.states) + one, 2 * outside + walk.states)
+    highest = max((2 if method.keeps_original else 1) * (block + walk.states) + one, 2 * outside + walk.states)
     if method.trains_blocks:
         # A copy of the factors to go back to, their gradients and two moments; the states before and behind the block.
         highest = max(highest, block + 5 * sum(pairs.values()) / blocks + 3 * walk.states + walk.keeps)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import plrd_train
 from plrd_train.commands.cli import main
 from plrd_train.compress.budget import last_blocks
-from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.factor_cache import FactorCache
 from plrd_train.compress.ranks import Shape
 from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus
@@ -312,7 +312,7 @@ def test_a_folder_that_is_no_family_is_left_alone(plrd, tiny, tmp_path):
 def factor_counted(limit: int, arguments: list[str]) -> None:
     """The command in this process, which ends as if killed in place of one more than `limit` factors that it keeps; it
     prints how many those were."""
-    put, puts = KeptFactors.put, 0
+    put, puts = FactorCache.put, 0
 
     def counted(*given) -> None:
         nonlocal puts
@@ -321,7 +321,7 @@ def factor_counted(limit: int, arguments: list[str]) -> None:
         puts += 1
         put(*given)
 
-    KeptFactors.put = counted  # type: ignore[method-assign]
+    FactorCache.put = counted  # type: ignore[method-assign]
     status = main(arguments)
     print(puts)
     sys.exit(status)

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from plrd_train.compress.algebra.truncate import Metric, Moment, of_dense, of_product, peak_bytes
-from plrd_train.compress.methods.refined import Factorizer as Refined
+from plrd_train.compress.methods.refined import Method as Refined
 from plrd_train.compress.ranks import Shape
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plrd_train.compress.algebra.factors import bordered, rounding
+from plrd_train.compress.algebra.gram import bordered, rounding
 from plrd_train.compress.algebra.truncate import ABSOLUTE, Factors, Metric, Moment, of_dense, of_product
 
 

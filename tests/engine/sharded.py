@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from plrd_train.compress.kept import KeptFactors
-from plrd_train.compress.methods.svd import Factorizer
+from plrd_train.compress.factor_cache import FactorCache
+from plrd_train.compress.methods.svd import Method
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.rounds import decompose
 from plrd_train.compress.surgery import eligible_linears
@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Dying(KeptFactors):
+class Dying(FactorCache):
     """Its process ends, as by a kill, in place of one more file than `most`."""
 
     def __init__(self, most: int, folder: Path, device: torch.device):
@@ -75,7 +75,7 @@ def shapes_of(engine: Engine) -> dict[str, Shape]:
 
 
 def factor(engine: Engine, folder: Path, ranks: dict[str, int]) -> None:
-    made = decompose(engine, shapes_of(engine), ranks, Factorizer())
+    made = decompose(engine, shapes_of(engine), ranks, Method())
     engine.rebuild(architecture(folder, ranks), {one.name: one for one in made})
 
 

@@ -14,8 +14,8 @@ from sharded import Dying, opened, shapes_of
 from torch import Tensor
 
 from plrd_train.compress.contracts import Decomposed, DecompositionError
-from plrd_train.compress.kept import KeptFactors
-from plrd_train.compress.methods.svd import Factorizer
+from plrd_train.compress.factor_cache import FactorCache
+from plrd_train.compress.methods.svd import Method
 from plrd_train.compress.rounds import Spectra, decompose, rounds
 
 both = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
@@ -39,7 +39,7 @@ def same(one: dict[str, tuple], other: dict[str, tuple]) -> bool:
 def in_two_phases(world, name, folder):
     engine = opened(world, name, folder)
     shapes = shapes_of(engine)
-    spectra, said = Spectra(engine, shapes, Factorizer()), []
+    spectra, said = Spectra(engine, shapes, Method()), []
     half = list(shapes)[: len(shapes) // 2]
     spectra.add(half, on_done=said.append)
     spectra.add([name for name in shapes if name not in half], on_done=said.append)
@@ -47,7 +47,7 @@ def in_two_phases(world, name, folder):
     for ratio in (2, 5):
         # Which stays dense.
         ranks = {name: rank for name, rank in ranks_of(shapes, ratio).items() if "k_proj" not in name}
-        assert same(shards(spectra.cut(ranks)), shards(decompose(engine, shapes, ranks, Factorizer())))
+        assert same(shards(spectra.cut(ranks)), shards(decompose(engine, shapes, ranks, Method())))
     return spectra.values
 
 
@@ -83,7 +83,7 @@ class Recorder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Noting(Factorizer):
+class Noting(Method):
     """svd that notes when it works."""
 
     events: ClassVar[list[str]] = []
@@ -115,7 +115,7 @@ def test_the_next_round_is_gathered_while_this_one_is_factored(save_parent, engi
             )
 
 
-def factored(world, folder, kept_folder, store=KeptFactors, ratios=(2,), change=False):
+def factored(world, folder, kept_folder, store=FactorCache, ratios=(2,), change=False):
     """For each of `ratios`: this rank's shards, and how many weights it has factored."""
     engine = opened(world, "fsdp", folder)
     if change:
@@ -128,7 +128,7 @@ def factored(world, folder, kept_folder, store=KeptFactors, ratios=(2,), change=
     for ratio in ratios:
         Noting.events.clear()
         made.append(
-            (shards(decompose(engine, shapes, ranks_of(shapes, ratio), Noting(), kept=kept)), len(Noting.events))
+            (shards(decompose(engine, shapes, ranks_of(shapes, ratio), Noting(), cache=kept)), len(Noting.events))
         )
     return made
 
@@ -155,8 +155,8 @@ def test_what_a_crashed_decomposition_had_finished_is_not_done_again(save_parent
     # All is there now, for any number of ranks; but it is not what is asked for at other ranks, where a file is
     # damaged, or of other weights.
     next(kept.glob("model.layers.1.mlp.up_proj.rank-*")).write_bytes(b"no safetensors")
-    assert counted(run_ranks(3, factored, folder, kept, KeptFactors, (2, 2, 3))) == [1, 0, everything]
-    changed = run_ranks(2, factored, folder, kept, KeptFactors, (2,), True)
+    assert counted(run_ranks(3, factored, folder, kept, FactorCache, (2, 2, 3))) == [1, 0, everything]
+    changed = run_ranks(2, factored, folder, kept, FactorCache, (2,), True)
     assert counted(changed) == [everything]
     assert not any(same(one, other) for ((one, _),), ((other, _),) in zip(changed, undisturbed, strict=True))
 
@@ -179,7 +179,7 @@ def kept_in_two_phases(world, folder, kept_folder: Path):
     engine = opened(world, "fsdp", folder)
     shapes = shapes_of(engine)
     Noting.events.clear()
-    spectra = Spectra(engine, shapes, Noting(), KeptFactors(kept_folder, world.device))
+    spectra = Spectra(engine, shapes, Noting(), FactorCache(kept_folder, world.device))
     spectra.add(list(shapes))
     return shards(spectra.cut(ranks_of(shapes, 2))), spectra.values, len(Noting.events)
 

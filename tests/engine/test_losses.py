@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from plrd_train.compress.allocations.sensitivity import Allocation
 from plrd_train.compress.losses import measure
-from plrd_train.compress.methods.svd import Factorizer
+from plrd_train.compress.methods.svd import Method
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.rounds import Spectra
 from plrd_train.compress.surgery import eligible_linears
@@ -37,7 +37,7 @@ def measured(world, name, folder, stages, options):
             if engine.rank == 0
             else {}
         )
-    spectra, said = Spectra(engine, shapes, Factorizer()), []
+    spectra, said = Spectra(engine, shapes, Method()), []
     spectra.add(list(shapes))
     before = logits(engine, TEXT), live_bytes()
     probes = {linear: BY_LOSSES.probe(shape) for linear, shape in shapes.items()}

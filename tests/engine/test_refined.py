@@ -14,9 +14,10 @@ from plrd_train.compress.allocations.energy import Allocation
 from plrd_train.compress.blocks import Alone, gathered, walk
 from plrd_train.compress.collect import collect
 from plrd_train.compress.contracts import DecompositionError
-from plrd_train.compress.methods.refined import RIDGE, Factorizer
+from plrd_train.compress.methods.refined import RIDGE, Method
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.rounds import Spectra
+from plrd_train.compress.sequential import factor_in_order
 from plrd_train.compress.surgery import eligible_linears
 from plrd_train.data.calibration import calibration_batches
 from plrd_train.data.corpus import resolve_corpus
@@ -26,8 +27,8 @@ from plrd_train.parents.parent import load_tokenizer, open_parent
 from plrd_train.parents.weights import WeightReader
 
 TEXT = torch.randint(3, 64, (16, 24), generator=torch.Generator().manual_seed(1))
-CLOSED = Factorizer(calibration_tokens=1, epochs=0, batch_tokens=1, rate=0.0)
-TRAINED = Factorizer(calibration_tokens=1, epochs=20, batch_tokens=96, rate=0.05)
+CLOSED = Method(calibration_tokens=1, epochs=0, batch_tokens=1, rate=0.0)
+TRAINED = Method(calibration_tokens=1, epochs=20, batch_tokens=96, rate=0.05)
 RANK = 10
 
 
@@ -54,7 +55,7 @@ def refined(engine, folder, method, batches, before=None, leave=()):
         text = batches(engine.rank, engine.world_size)
         return walk(architecture(folder, before or {}), gathered(engine), text, engine.device)
 
-    return {made.name: made for made in method.in_order(engine, blocks, shapes, ranks)}
+    return {made.name: made for made in factor_in_order(engine, blocks, shapes, ranks, method)}
 
 
 def products(engine, names):
@@ -178,11 +179,12 @@ def diverging(world, folder):
     shapes = shapes_of(engine)
     with pytest.raises(DecompositionError, match=r"^lm_head: no block of the model calls it"):
         list(
-            CLOSED.in_order(
+            factor_in_order(
                 engine,
                 lambda: walk(architecture(folder, {}), gathered(engine), [TEXT], engine.device),
                 shapes,
                 {"lm_head": 3},
+                CLOSED,
             )
         )
 
@@ -200,7 +202,7 @@ def test_a_checkpoint_without_an_engine(save_parent):
     errors = []
     for method in (CLOSED, TRAINED):
         blocks = lambda: walk(architecture(folder, {}), gathered(alone), in_turn(0, 1), alone.device)  # noqa: E731
-        made = list(method.in_order(alone, blocks, alone_shapes, dict.fromkeys(alone_shapes, RANK)))
+        made = list(factor_in_order(alone, blocks, alone_shapes, dict.fromkeys(alone_shapes, RANK), method))
         errors.append(hidden_error(model, {one.name: one.up @ one.down for one in made}))
     assert errors[1] < 0.9 * errors[0], errors
 
@@ -233,8 +235,8 @@ def on_a_real_parent(world, assets, name, method, ratio):
     for part, statistics in collect(engine, "inputs", shapes, shapes, text):
         spectra.add(part, statistics)
     ranks = Allocation(1).ranks(shapes, ratio, spectra.values)
-    made = method.in_order(
-        engine, lambda: walk(architecture(folder, {}), gathered(engine), text, engine.device), shapes, ranks
+    made = factor_in_order(
+        engine, lambda: walk(architecture(folder, {}), gathered(engine), text, engine.device), shapes, ranks, method
     )
     engine.rebuild(architecture(folder, ranks), {one.name: one for one in made})
     return whole, perplexity(engine, documents, 16).ppl

@@ -9,14 +9,15 @@ from sharded import architecture, opened, shapes_of
 
 from plrd_train.compress.blocks import Alone, gathered, walk
 from plrd_train.compress.contracts import DecompositionError
-from plrd_train.compress.methods.rom import Factorizer
+from plrd_train.compress.methods.rom import Method
 from plrd_train.compress.ranks import Shape
+from plrd_train.compress.sequential import factor_in_order
 from plrd_train.compress.surgery import eligible_linears
 from plrd_train.parents.parent import open_parent
 from plrd_train.parents.weights import WeightReader
 
 TEXT = torch.randint(3, 64, (5, 11), generator=torch.Generator().manual_seed(1))
-ROM = Factorizer(calibration_tokens=1)
+ROM = Method(calibration_tokens=1)
 ENGINES = pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 
 
@@ -64,7 +65,7 @@ def test_blocks_of_a_checkpoint_whatever_they_return_and_the_model_does_behind_t
 def in_order(world, name, folder, rank):
     engine = opened(world, name, folder)
     shapes = shapes_of(engine)
-    made = ROM.in_order(engine, lambda: blocks(engine, folder), shapes, dict.fromkeys(shapes, rank))
+    made = factor_in_order(engine, lambda: blocks(engine, folder), shapes, dict.fromkeys(shapes, rank), ROM)
     factors = {one.name: one for one in made}
     order, errors = list(factors), {one.name: one.metric_error for one in factors.values()}
     engine.rebuild(architecture(folder, dict.fromkeys(shapes, rank)), factors)
@@ -120,7 +121,7 @@ def test_rom_of_a_checkpoint_without_an_engine(save_parent):
     shapes = {name: Shape.of(linear) for name, linear in eligible_linears(model)}
     alone = Alone(reader.read, torch.device("cpu"))
     order, products = [], {}
-    for made in ROM.in_order(alone, lambda: blocks(alone, folder), shapes, dict.fromkeys(shapes, 12)):
+    for made in factor_in_order(alone, lambda: blocks(alone, folder), shapes, dict.fromkeys(shapes, 12), ROM):
         order.append(made.name)
         products[made.name] = made.up @ made.down
     expected, _ = reference(model, order, 12)
@@ -132,7 +133,7 @@ def test_rom_of_a_checkpoint_without_an_engine(save_parent):
 def beyond_the_blocks(world, folder):
     engine = opened(world, "fsdp", folder)
     with pytest.raises(DecompositionError, match=r"^lm_head: no block of the model calls it"):
-        list(ROM.in_order(engine, lambda: blocks(engine, folder), shapes_of(engine), {"lm_head": 3}))
+        list(factor_in_order(engine, lambda: blocks(engine, folder), shapes_of(engine), {"lm_head": 3}, ROM))
 
 
 def test_a_linear_outside_the_blocks_is_named(save_parent):

@@ -36,8 +36,8 @@ PHASES = {
     ),
     "factoring": (
         Point("plrd_train.pipeline:factor", 1),
-        Point("plrd_train.compress.kept:KeptFactors.get", 5),
-        Point("plrd_train.compress.kept:KeptFactors.put", 5),
+        Point("plrd_train.compress.factor_cache:FactorCache.get", 5),
+        Point("plrd_train.compress.factor_cache:FactorCache.put", 5),
     ),
     "step": (Point(f"{_LOOP}:Trainer._step", 8), Point(f"{_LOOP}:Trainer._micro_batch", 8)),
     "annealing": (Point(f"{_LOOP}:anneal", 3),),

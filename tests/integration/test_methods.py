@@ -58,7 +58,7 @@ def test_a_run_that_was_killed_while_it_factored_goes_on_with_what_it_had_kept(c
         "evaluation.tokens=500",
     )
     arguments += [f"ranks={ranks}", "stages.ratios=[1.6]"]
-    assert run_job(2, arguments, kill_before, "plrd_train.compress.kept:KeptFactors.put", 5).status == -9
+    assert run_job(2, arguments, kill_before, "plrd_train.compress.factor_cache:FactorCache.put", 5).status == -9
     assert len(list((tmp_path / "killed" / "factors").iterdir())) >= 5
     found = family(command, tmp_path / "killed", 2, method, f"ranks={ranks}", "stages.ratios=[1.6]")
     assert [{**entry, "seconds": None} for entry in found] == [{**entry, "seconds": None} for entry in undisturbed]

@@ -18,7 +18,7 @@ import copy
 import torch
 from torch import Tensor
 
-from plrd_train.compress.algebra.factors import (
+from plrd_train.compress.algebra.gram import (
     ROWS,
     Factors,
     Metric,
@@ -38,7 +38,7 @@ from plrd_train.compress.algebra.factors import (
     tail,
     times_root,
 )
-from plrd_train.compress.algebra.product import balanced, balancing, factors, rebalanced
+from plrd_train.compress.algebra.product import balanced, balancing, rebalanced, scaled_pair
 
 # Above this relative error its square is known from the eigenvalues to some 1e-4 of itself; below, it is measured.
 _KNOWN = 0.1
@@ -68,7 +68,8 @@ class Dense:
 
     @property
     def values(self) -> Tensor:
-        return self._squares.double().clamp_min(0).sqrt().cpu() * self._measure
+        values: Tensor = self._squares.double().clamp_min(0).sqrt().cpu() * self._measure
+        return values
 
     def cut(self, rank: int) -> Factors:
         m, n = self._weight.shape
@@ -91,7 +92,7 @@ class Dense:
             error = self._error(up, down)
         if self._wide:
             up, down = down.T, up.T
-        return factors(up, down, self._scale, error, metric_error)
+        return scaled_pair(up, down, self._scale, error, metric_error)
 
     def to(self, device: torch.device) -> "Dense":
         moved = copy.copy(self)

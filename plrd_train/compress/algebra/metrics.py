@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from plrd_train.compress.algebra.factors import largest
+from plrd_train.compress.algebra.gram import largest
 from plrd_train.compress.algebra.truncate import Metric, Moment, Size, peak_bytes
 
 # What no text has shown counts this share of all, and rounding, of either sign, no more. Sums in float32 round to 1e-7

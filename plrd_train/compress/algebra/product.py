@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plrd_train.compress.algebra.factors import (
+from plrd_train.compress.algebra.gram import (
     ABSOLUTE,
     RELATIVE,
     Factors,
@@ -72,7 +72,7 @@ class Product:
             pair = self._up.to(into) @ into, out @ self._down.to(out)
         else:
             pair = balanced(self._up.double() @ into.double(), out.double() @ self._down.double())
-        return factors(*pair, self._scale, error, metric_error)
+        return scaled_pair(*pair, self._scale, error, metric_error)
 
     def to(self, device: torch.device) -> "Product":
         moved = copy.copy(self)
@@ -100,7 +100,7 @@ def _moved(core: Any, device: torch.device) -> Any:
     )
 
 
-def factors(up: Tensor, down: Tensor, scale: float, error: float, metric_error: float | None) -> Factors:
+def scaled_pair(up: Tensor, down: Tensor, scale: float, error: float, metric_error: float | None) -> Factors:
     """The factors of scale * up @ down."""
     if scale != 1.0:
         up, down = up * scale**0.5, down * scale**0.5
@@ -184,7 +184,8 @@ def _square_norm(matrix: Tensor) -> float:
     vector = torch.linalg.vector_norm(matrix, dim=0)
     for _ in range(10):
         vector = matrix.T @ (matrix @ (vector / vector.norm()))
-    return vector.norm().item()
+    square: float = vector.norm().item()
+    return square
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plrd_train.compress.algebra.dense import Dense
-from plrd_train.compress.algebra.factors import ABSOLUTE, RELATIVE, Factors, Metric, Moment
+from plrd_train.compress.algebra.gram import ABSOLUTE, RELATIVE, Factors, Metric, Moment
 from plrd_train.compress.algebra.product import Product
 
 __all__ = [
@@ -96,7 +96,7 @@ def peak_bytes(
     small, metrics = min(m, n), sum(form is not None for form in (left, right))
     rootless = size.rank is None and (left, right) == ((None, "moment") if m < n else ("moment", None))
     powers = {"full": 2, "diagonal": 1, "moment": 0 if rootless else 2, None: None}
-    roots = sum(side**power for form, side in ((left, m), (right, n)) if (power := powers[form]))
+    roots: int = sum(side**power for form, side in ((left, m), (right, n)) if (power := powers[form]))
     rooting = 0 if rootless else max(8 * side**2 if form == "moment" else 0 for form, side in ((left, m), (right, n)))
     rank = rank or size.rank or (m * n - 1) // (m + n)
     wide = dtype.itemsize // 4  # all is counted in float32

@@ -12,7 +12,7 @@ from plrd_train.compress.ranks import Shape
 
 
 @dataclass(frozen=True)
-class Factorizer:
+class Method:
     """An input channel counts by its mean magnitude on `calibration_tokens` of the training corpus, to the power
     `alpha` (0.5 in the paper)."""
 

@@ -15,7 +15,7 @@ from plrd_train.compress.ranks import Shape
 
 
 @dataclass(frozen=True)
-class Factorizer:
+class Method:
     """An input channel counts by the root of its empirical Fisher information on `calibration_tokens` of the training
     corpus."""
 

@@ -14,7 +14,7 @@ is relative to the factor's own entries.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -23,15 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plrd_train.compress.algebra.factors import symmetrized
+from plrd_train.compress.algebra.gram import symmetrized
 from plrd_train.compress.algebra.metrics import FLOOR, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product, peak_bytes
 from plrd_train.compress.collect import added_up
-from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
-from plrd_train.compress.finished import block_by_block
+from plrd_train.compress.contracts import Block, BlockTask, FactorReport, Shards
 from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.sequential import Made, Step, counted, factor, given, inside, steps
+from plrd_train.compress.steps import Step, factor_step, input_of, steps, total_tokens
 
 # What counts as evidence that a channel is what it was, as a share of what the text gives of that channel. It lies well
 # above the rounding of sums in float32, which is relative to the channels too; and a massive activation in one of them
@@ -42,12 +41,13 @@ WARMUP = 0.1  # share of a block's steps
 
 
 @dataclass(frozen=True)
-class Factorizer:
+class Method:
     """`calibration_tokens` of the training corpus tell the inputs and are what each block is trained on, in `epochs`
     passes of steps of about `batch_tokens` over all ranks. A step at the peak moves an entry of a factor by about
     `rate` times the root mean square of its entries. With 0 epochs the pairs stay as they are found in closed form."""
 
     sequential: ClassVar[bool] = True
+    keeps_original: ClassVar[bool] = True
     trains_blocks: ClassVar[bool] = True
     statistic: ClassVar[str | None] = "inputs"
 
@@ -74,33 +74,21 @@ class Factorizer:
             4 * 8 * square, 8 * (square + 2 * weight), 4 * weight + peak_bytes(shape, right="moment")
         )
 
-    def in_order(
-        self,
-        engine: Shards,
-        walk: Callable[[], Iterator[Block]],
-        shapes: Mapping[str, Shape],
-        ranks: Mapping[str, int],
-        kept: Cache | None = None,
-    ) -> Iterator[Decomposed]:
-        """`plrd_train.compress.methods.Sequential`. In memory are two blocks, the hidden states before each, and while
-        a block is trained the gradients and moments of its factors."""
-
-        def make(before: Block, block: Block) -> dict[str, Made]:
-            made: dict[str, Made] = {}
-            for step in steps(engine, block, inside(block, ranks)):
-                moments = _moments(engine, before, block, step, shapes)
-                made |= factor(
-                    engine, block, step, shapes, ranks, partial(self._anchored, moment=moments[0], cross=moments[1])
-                )
-            start = time.perf_counter()
-            self._refine(engine, before, block, [name.removeprefix(f"{block.name}.") for name in made])
-            trained = (time.perf_counter() - start) / max(len(made), 1)
-            return {
-                name: Made(one.owner, one.seconds + trained, _rel_error(before, block, name), None)
-                for name, one in made.items()
-            }
-
-        return block_by_block(engine, [walk(), walk()], shapes, ranks, self, make, kept)
+    def factor_block(self, task: BlockTask) -> dict[str, FactorReport]:
+        engine, block, original = task.engine, task.block, task.original
+        assert original is not None
+        reports: dict[str, FactorReport] = {}
+        for step in steps(engine, block, task.linears):
+            moment, cross = _moments(engine, original, block, step, task.shapes)
+            reports |= factor_step(task, step, partial(self._anchored, moment=moment, cross=cross))
+            del moment, cross  # before the next ones are made, or the block runs
+        start = time.perf_counter()
+        self._refine(engine, original, block, task.linears)
+        trained = (time.perf_counter() - start) / max(len(reports), 1)
+        return {
+            name: FactorReport(report.owner, report.seconds + trained, _rel_error(original, block, name), None)
+            for name, report in reports.items()
+        }
 
     def _anchored(self, linear: nn.Module, moment: Tensor, cross: Tensor) -> Spectral:
         """A Linear W of a block as W A in the metric of its inputs now, of which E[x' x'^T] is the `moment` and E[x
@@ -110,10 +98,10 @@ class Factorizer:
         assert isinstance(linear, nn.Linear)
         return self.dense(_anchored(linear.weight, moment, cross), moment)
 
-    def _refine(self, engine: Shards, before: Block, block: Block, linears: Sequence[str]) -> None:
+    def _refine(self, engine: Shards, original: Block, block: Block, linears: Sequence[str]) -> None:
         """Train the factors of the block's `linears`; where the outputs are no nearer to those of `before` after it,
         they are put back."""
-        targets = before.outputs()
+        targets = original.outputs()
         factors = _factors(block, linears)
         if not (self.epochs and factors):
             return
@@ -157,7 +145,8 @@ def anchoring(moment: Tensor, cross: Tensor) -> Tensor:
     ridge = RIDGE * squares.clamp_min(FLOOR * squares.max().item() or 1.0)
     for sums in (moment, cross):
         sums.diagonal().add_(ridge)
-    return torch.linalg.solve(moment, cross.T).T
+    solution: Tensor = torch.linalg.solve(moment, cross.T)
+    return solution.T
 
 
 def _anchored(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
@@ -166,18 +155,18 @@ def _anchored(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
 
 
 def _moments(
-    engine: Shards, before: Block, block: Block, step: Step, shapes: Mapping[str, Shape]
+    engine: Shards, original: Block, block: Block, step: Step, shapes: Mapping[str, Shape]
 ) -> tuple[Tensor, Tensor]:
     """E[x' x'^T] and E[x x'^T], (in, in), of what the Linears of the step are given in `block` and `before`, on their
     owners; nothing elsewhere."""
     linear, size = step.linears[0], shapes[step.names[0]].in_features
     sums, count = torch.zeros(2, size, size, device=engine.device), 0
     for batch in range(len(block.inputs)):
-        x, now = (given(one, linear, batch).flatten(0, -2) for one in (before, block))
+        x, now = (input_of(one, linear, batch).flatten(0, -2) for one in (original, block))
         sums[0].addmm_(now.T, now)
         sums[1].addmm_(x.T, now)
         count += len(x)
-    count = counted(engine, step, count)
+    count = total_tokens(engine, step, count)
     total = added_up(engine, sums, step.owners(shapes, engine.world_size))
     if total is None:
         return sums.new_empty(0), sums.new_empty(0)
@@ -215,7 +204,8 @@ def _add_up(engine: Shards, factors: Sequence[nn.Parameter]) -> None:
 
 def _error(engine: Shards, block: Block, targets: Sequence[Tensor]) -> float:
     """The squared error of the block's outputs over all ranks."""
-    return sum(engine.share(_square(block.run(batch) - target for batch, target in enumerate(targets))))
+    total: float = sum(engine.share(_square(block.run(batch) - target for batch, target in enumerate(targets))))
+    return total
 
 
 def _square(tensors: Iterable[Tensor]) -> float:
@@ -226,12 +216,12 @@ def _rms(factor: Tensor) -> float:
     return factor.square().mean().sqrt().item()
 
 
-def _rel_error(before: Block, block: Block, name: str) -> float:
+def _rel_error(original: Block, block: Block, name: str) -> float:
     """||W - up down||_F / ||W||_F of the Linear of that name, W being as it was."""
 
     def weight(module: Any) -> Tensor:
         return module.up.weight @ module.down.weight if isinstance(module, LowRankLinear) else module.weight
 
-    was, now = (weight(one.module.get_submodule(name.removeprefix(f"{block.name}."))) for one in (before, block))
+    was, now = (weight(one.module.get_submodule(name.removeprefix(f"{block.name}."))) for one in (original, block))
     norm = was.norm().item()
     return (was - now).norm().item() / norm if norm > 0 else 0.0

@@ -7,7 +7,6 @@ such, without the outputs themselves, by the moment of x. The two factors come o
 orthonormal.
 """
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,17 +14,17 @@ from torch import Tensor
 
 from plrd_train.compress.algebra.metrics import whitened_peak_bytes, whitening
 from plrd_train.compress.algebra.truncate import Spectral, of_dense, of_product
-from plrd_train.compress.contracts import Block, Cache, Decomposed, Shards
-from plrd_train.compress.finished import block_by_block
+from plrd_train.compress.contracts import BlockTask, FactorReport
 from plrd_train.compress.ranks import Shape
-from plrd_train.compress.sequential import factor_block
+from plrd_train.compress.steps import factor_by_statistic
 
 
 @dataclass(frozen=True)
-class Factorizer:
+class Method:
     """`calibration_tokens` of the training corpus tell the inputs."""
 
     sequential: ClassVar[bool] = True
+    keeps_original: ClassVar[bool] = False
     trains_blocks: ClassVar[bool] = False
     statistic: ClassVar[str | None] = "inputs"
 
@@ -37,17 +36,8 @@ class Factorizer:
     def product(self, up: Tensor, down: Tensor, statistic: Tensor) -> Spectral:
         return of_product(up, down, right=whitening(statistic))
 
-    def in_order(
-        self,
-        engine: Shards,
-        walk: Callable[[], Iterator[Block]],
-        shapes: Mapping[str, Shape],
-        ranks: Mapping[str, int],
-        kept: Cache | None = None,
-    ) -> Iterator[Decomposed]:
-        return block_by_block(
-            engine, [walk()], shapes, ranks, self, lambda block: factor_block(engine, block, shapes, ranks, self), kept
-        )
+    def factor_block(self, task: BlockTask) -> dict[str, FactorReport]:
+        return factor_by_statistic(task, self)
 
     def peak_bytes(self, shape: Shape) -> int:
         return whitened_peak_bytes(shape)

@@ -10,7 +10,7 @@ from plrd_train.compress.ranks import Shape
 
 
 @dataclass(frozen=True)
-class Factorizer:
+class Method:
     """The best pair in the Frobenius norm of the weight; needs no data and has no settings."""
 
     sequential: ClassVar[bool] = False

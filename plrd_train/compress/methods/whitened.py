@@ -17,7 +17,7 @@ from plrd_train.compress.ranks import Shape
 
 
 @dataclass(frozen=True)
-class Factorizer:
+class Method:
     """`calibration_tokens` of the training corpus tell the inputs; in each stage those of the model as it is then."""
 
     sequential: ClassVar[bool] = False

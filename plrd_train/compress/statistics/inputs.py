@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from plrd_train.compress.algebra.factors import symmetrized
+from plrd_train.compress.algebra.gram import symmetrized
 from plrd_train.compress.ranks import Shape
 
 USES_GRADIENTS = False

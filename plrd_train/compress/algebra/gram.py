@@ -105,7 +105,8 @@ class Moment:
         """
         norms = torch.linalg.vector_norm(matrix, dim=1).double()
         parts = zip(self.moment.split(ROWS // 4), norms.split(ROWS // 4), strict=True)
-        return 2 * math.fsum((rows * own[:, None]).mul_(norms).square_().sum().item() for rows, own in parts) ** 0.5
+        squares = ((rows * own[:, None]).mul_(norms).square_().sum().item() for rows, own in parts)
+        return 2 * math.sqrt(math.fsum(squares))
 
     def _parts(self, matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows a of `matrix`, and rows b as many, strip by strip: the symmetric part of the sum of a^T b is the Gram

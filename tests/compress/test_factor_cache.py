@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.factor_cache import FactorCache
 
 FACTORS = {
     "up": torch.randn(4, 2, generator=torch.Generator().manual_seed(0)),
@@ -23,15 +23,15 @@ def same(found: dict[str, torch.Tensor] | None) -> bool:
 
 
 def test_what_was_put_is_given_back_under_its_key_alone(tmp_path):
-    kept = KeptFactors(tmp_path / "factors", torch.device("cpu"))
+    kept = FactorCache(tmp_path / "factors", torch.device("cpu"))
     assert kept.get("a", "key") is None
     kept.put("a", "key", FACTORS)
-    assert same(KeptFactors(tmp_path / "factors", torch.device("cpu")).get("a", "key"))
+    assert same(FactorCache(tmp_path / "factors", torch.device("cpu")).get("a", "key"))
     assert kept.get("a", "other") is None and kept.get("b", "key") is None
 
 
 def test_of_a_damaged_file_nothing_is_given_back(tmp_path):
-    kept = KeptFactors(tmp_path, torch.device("cpu"))
+    kept = FactorCache(tmp_path, torch.device("cpu"))
     kept.put("a", "key", FACTORS)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -52,7 +52,7 @@ def test_of_a_damaged_file_nothing_is_given_back(tmp_path):
 def test_what_is_kept_for_a_restart_has_the_permissions_that_the_umask_leaves(tmp_path, umask):
     before = os.umask(umask)
     try:
-        KeptFactors(tmp_path / "factors", torch.device("cpu")).put("a", "key", FACTORS)
+        FactorCache(tmp_path / "factors", torch.device("cpu")).put("a", "key", FACTORS)
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
@@ -66,4 +66,4 @@ def test_what_cannot_be_kept_is_said_in_one_line(tmp_path):
         match=rf"^{tmp_path}/factors/a\.part: this cannot be written \([^\n]*\); mend that, and the same command "
         rf"goes on$",
     ):
-        KeptFactors(tmp_path / "factors", torch.device("cpu")).put("a", "key", FACTORS)
+        FactorCache(tmp_path / "factors", torch.device("cpu")).put("a", "key", FACTORS)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from plrd_train.compress.methods.asvd import Factorizer as Asvd
-from plrd_train.compress.methods.fisher import Factorizer as Fisher
-from plrd_train.compress.methods.rom import Factorizer as Rom
-from plrd_train.compress.methods.svd import Factorizer as Svd
-from plrd_train.compress.methods.whitened import Factorizer as Whitened
+from plrd_train.compress.methods.asvd import Method as Asvd
+from plrd_train.compress.methods.fisher import Method as Fisher
+from plrd_train.compress.methods.rom import Method as Rom
+from plrd_train.compress.methods.svd import Method as Svd
+from plrd_train.compress.methods.whitened import Method as Whitened
 from plrd_train.compress.statistics import inputs as second_moment
 
 WHITENED, ASVD, FISHER = (

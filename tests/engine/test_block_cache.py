@@ -11,8 +11,9 @@ from sharded import Dying, architecture, opened, shapes_of
 
 from plrd_train.compress.blocks import gathered, walk
 from plrd_train.compress.contracts import DecompositionError
-from plrd_train.compress.kept import KeptFactors
+from plrd_train.compress.factor_cache import FactorCache
 from plrd_train.compress.methods import refined, rom
+from plrd_train.compress.sequential import factor_in_order
 
 TEXT = torch.randint(3, 64, (12, 16), generator=torch.Generator().manual_seed(1))
 SETTINGS = {
@@ -32,15 +33,15 @@ class Noting:
         return super().dense(weight, statistic)
 
 
-class Rom(Noting, rom.Factorizer):
+class Rom(Noting, rom.Method):
     pass
 
 
-class Refined(Noting, refined.Factorizer):
+class Refined(Noting, refined.Method):
     pass
 
 
-def factored(world, name, folder, method, kept_folder, store=KeptFactors, rank=10, text=TEXT, changed=None):
+def factored(world, name, folder, method, kept_folder, store=FactorCache, rank=10, text=TEXT, changed=None):
     """This rank's shards and errors, and how many Linears it has decomposed."""
     engine = opened(world, name, folder)
     if changed is not None:
@@ -54,7 +55,8 @@ def factored(world, name, folder, method, kept_folder, store=KeptFactors, rank=1
     own = list(text[world.rank :: world.size].split(4 // world.size))
     blocks = lambda: walk(architecture(folder, {}), gathered(engine), own, engine.device)  # noqa: E731
     kept = store(kept_folder, world.device) if kept_folder else None
-    made = list(factorizer.in_order(engine, blocks, shapes_of(engine), dict.fromkeys(shapes_of(engine), rank), kept))
+    shapes = shapes_of(engine)
+    made = list(factor_in_order(engine, blocks, shapes, dict.fromkeys(shapes, rank), factorizer, kept))
     return {one.name: (one.up, one.down, one.rel_error, one.metric_error) for one in made}, len(factorizer.done)
 
 
@@ -94,7 +96,7 @@ def test_what_is_kept_serves_any_number_of_ranks_and_nothing_else(save_parent, t
     kept = tmp_path / "kept"
 
     def made(size: int = 1, **otherwise) -> int:
-        settings = {"store": KeptFactors, "rank": 10, "text": TEXT, "changed": None} | otherwise
+        settings = {"store": FactorCache, "rank": 10, "text": TEXT, "changed": None} | otherwise
         return counted(run_ranks(size, factored, "fsdp", folder, "rom", kept, *settings.values()))
 
     assert made(2) == 2 * BLOCK
