@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DeepSpeed's launcher. One machine: launch/deepspeed.sh engine=zero3 experiment=mistral_7b key=value …    NPROC ranks: by default one a GPU,
-# or two processes on the CPU. Several: HOSTFILE=hosts, with a line `HOST slots=8` for each, and either on one of them alone, which reaches the others
-# by ssh and pdsh; or without ssh, on each of them with NODE_RANK=0, 1, …, its place in the file.
+# DeepSpeed's launcher. One machine: launch/deepspeed.sh engine=zero3 experiment=mistral_7b key=value …
+# NPROC ranks: by default one a GPU, or two processes on the CPU.
+# Several machines: HOSTFILE=hosts, with a line `HOST slots=8` for each; either on one of them alone, which reaches the
+# others by ssh and pdsh, or, without ssh, on each of them with NODE_RANK=0, 1, …, its place in the file.
 # MASTER is the first host by default, and PORT 29500.
 set -eu
 . "$(dirname "$0")/node.sh"
@@ -9,7 +10,8 @@ deepspeed=("$python" -m deepspeed.launcher.runner --log_level error --no_local_r
 
 if [ -n "${HOSTFILE:-}" ]; then
     hosts=$(awk '!/^[ \t]*(#|$)/' "$HOSTFILE")
-    deepspeed+=(--hostfile "$HOSTFILE" --master_addr "${MASTER:-$(awk 'NR == 1 { print $1 }' <<<"$hosts")}" --master_port "${PORT:-29500}")
+    deepspeed+=(--hostfile "$HOSTFILE" --master_port "${PORT:-29500}")
+    deepspeed+=(--master_addr "${MASTER:-$(awk 'NR == 1 { print $1 }' <<<"$hosts")}")
     if [ -z "${NODE_RANK:-}" ]; then
         exec "${deepspeed[@]}" --module plrd_train "$@"
     fi
@@ -23,11 +25,12 @@ if [ -n "${HOSTFILE:-}" ]; then
 else
     use_cores "$ranks"
     [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || deepspeed+=(--num_gpus "$ranks") # it takes those that are visible
-    deepspeed+=(--master_port "${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}")
+    free='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+    deepspeed+=(--master_port "${PORT:-$("$python" -c "$free")}")
 fi
 
-# DeepSpeed gives its workers thirty seconds to end, and answers no HUP or USR1. So workers are asked to stop by this script, take the time that they
-# need, and end with status 75. A second interrupt (Ctrl-C) kills them.
+# DeepSpeed gives its workers thirty seconds to end, and answers no HUP or USR1. So this script asks the workers to
+# stop; they take the time that they need, and end with status 75. A second interrupt (Ctrl-C) kills them.
 set -m # a process group of its own, which the terminal does not interrupt
 "${deepspeed[@]}" --module plrd_train "$@" &
 job=$!

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One machine: launch/local.sh experiment=quickstart key=value …    NPROC ranks: by default one a GPU, or two processes on the CPU.
+# One machine: launch/local.sh experiment=quickstart key=value …
+# NPROC ranks: by default one a GPU, or two processes on the CPU.
 set -eu
 . "$(dirname "$0")/node.sh"
 use_cores "$ranks"
