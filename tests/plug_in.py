@@ -42,6 +42,22 @@ class Objective(CrossEntropy):
     def __call__(self, model, input_ids):
         return super().__call__(model, input_ids) / 2
 """,
+    "commands/shout.py": """
+from plrd_train.tracking import console
+
+HELP = "say a word loudly"
+EXAMPLES = ("plrd shout hey",)
+
+
+def add_arguments(parser):
+    parser.add_argument("word")
+
+
+def run(given):
+    if not given.json:
+        console.say(given.word.upper())
+    return {"word": given.word.upper()}
+""",
 }
 
 

@@ -33,9 +33,23 @@ def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     assert steps["theirs"]["train/loss"] < 0.6 * steps["ours"]["train/loss"]
 
 
+def test_a_plug_in_adds_a_verb(tmp_path):
+    install(tmp_path)
+    helped = run(tmp_path, "plrd_train.commands", "--help").stdout
+    assert "say a word loudly" in helped and "plrd shout hey" in helped and "plrd show" in helped
+    assert run(tmp_path, "plrd_train.commands", "shout", "hey").stdout == "HEY\n"
+    assert json.loads(run(tmp_path, "plrd_train.commands", "shout", "hey", "--json").stdout) == {"word": "HEY"}
+
+
+def test_a_verb_is_not_hindered_by_another_that_is_broken(tmp_path):
+    install(tmp_path, files={"commands/broken.py": "import no_such_package\n"})
+    done = run(tmp_path, "plrd_train.commands", "show", tmp_path)
+    assert done.returncode == 2 and "no family.json here" in done.stderr
+
+
 def test_a_name_that_two_packages_have_is_refused(tmp_path):
     install(tmp_path, files={"compress/methods/svd.py": ""})
-    done = run(tmp_path, "plrd_train.commands.cli", "plan", "experiment=quickstart")
+    done = run(tmp_path, "plrd_train.commands", "plan", "experiment=quickstart")
     assert done.returncode == 2
     assert done.stderr.strip().endswith(
         "method svd: plrd_train.compress.methods.svd and mine.compress.methods.svd; rename one of them"
@@ -45,7 +59,7 @@ def test_a_name_that_two_packages_have_is_refused(tmp_path):
 def test_a_plug_in_that_is_gone_is_named(tmp_path):
     install(tmp_path)
     (tmp_path / "mine").rename(tmp_path / "yours")
-    done = run(tmp_path, "plrd_train.commands.cli", "plan", "experiment=quickstart")
+    done = run(tmp_path, "plrd_train.commands", "plan", "experiment=quickstart")
     assert done.returncode == 2 and "plug-in mine: there is no package of that name" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""From Hydra overrides to resolved mappings: the only place, with sweep, __main__ and cli, that knows Hydra."""
+"""From Hydra overrides to resolved mappings. Beside this file only sweep.py and __main__.py know Hydra."""
 
 import io
 import os
@@ -15,10 +15,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from plrd_train.commands._arguments import expanded
 from plrd_train.config.overrides import check, literal, readable
 from plrd_train.errors import UserError
 from plrd_train.registry import GROUP, packages
+from plrd_train.runtime.paths import expanded
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Beside the package in a checkout, inside it in a wheel.
