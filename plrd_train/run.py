@@ -23,6 +23,7 @@ from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.embedded import write_corpus
 from plrd_train.data.loader import merge_positions
 from plrd_train.engine import Engine, open_engine, rounded
+from plrd_train.evaluate import Subject, others
 from plrd_train.evaluate.perplexity import perplexity
 from plrd_train.family import Family, Member, ParentRecord, Scores
 from plrd_train.parents.modeling_plrd import model_ranks
@@ -81,6 +82,12 @@ class Run:
             raise SharedError(
                 f"data.streams: {config.data.streams} streams cannot feed {world.size} ranks; give at least that many"
             )
+        for name, evaluator in config.evaluators.items():
+            if evaluator.published:
+                raise SharedError(
+                    f"evaluation.{name}: it measures published models alone; leave it out, and measure the family with "
+                    f"plrd evaluate {run_dir} --with {name}"
+                )
         budgets = config.stages.budgets()
         self.compressor = config.compressor()
         self.stages = [
@@ -305,7 +312,11 @@ class Run:
         self._tracker.log_event(
             "evaluation", {"stage/index": stage_index, "when": when, "val/loss": measured.loss, "val/ppl": measured.ppl}
         )
-        return Scores(**measured.to_dict())
+        scores = measured.to_dict()
+        if when != "straight after factoring":
+            with self._as_published():
+                scores |= others(self.config.evaluators, Subject(self.engine, self.tokenizer, self._held_out))
+        return Scores(**scores)
 
     @contextmanager
     def _as_published(self) -> Iterator[None]:

@@ -22,7 +22,8 @@ def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     install(tmp_path / "site")
     chosen = ("form=halves", "factorizer=scaled", "factorizer.scale=0.25", "objective=halved", "stages.ratios=[2]")
     family, steps = {}, {}
-    for name, settings in {"ours": ["stages.ratios=[2]"], "theirs": chosen}.items():
+    evaluated = ("evaluation=[perplexity,accuracy]", "evaluation.accuracy.first=7")
+    for name, settings in {"ours": ["stages.ratios=[2]", *evaluated], "theirs": chosen}.items():
         done = run(tmp_path / "site", "plrd_train", *command(tmp_path / name, *settings))
         assert done.returncode == 0, done.stderr
         family[name] = json.loads((tmp_path / name / "family.json").read_text())["members"][0]
@@ -30,6 +31,19 @@ def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     assert family["theirs"]["form"] == "halves"
     assert all(rank > 1.9 * family["ours"]["ranks"][name] for name, rank in family["theirs"]["ranks"].items())
     assert family["theirs"]["eval_factored"] != family["ours"]["eval_factored"]  # of scaled weights
+    measured, other = (
+        family["ours"]["eval"],
+        json.loads((tmp_path / "ours" / "family.json").read_text())["parent"]["eval"],
+    )
+    assert measured["accuracy"]["tokens"] == other["accuracy"]["tokens"] and 0 <= measured["accuracy"]["accuracy"] <= 1
+    assert "accuracy" not in family["theirs"]["eval"]
+    again = run(tmp_path / "site", "plrd_train.commands", "evaluate", tmp_path / "ours", "--with", "accuracy", "--json")
+    results = json.loads(again.stdout)  # with the settings of the run
+    assert results["members"]["2x"]["accuracy"] == measured["accuracy"]
+    assert results["parent"]["accuracy"] == other["accuracy"]
+    few = ("--with", "accuracy", "accuracy.first=1", "--json")
+    fewer = json.loads(run(tmp_path / "site", "plrd_train.commands", "evaluate", tmp_path / "ours", *few).stdout)
+    assert fewer["parent"]["accuracy"]["tokens"] < other["accuracy"]["tokens"]
     assert steps["theirs"]["train/loss"] < 0.6 * steps["ours"]["train/loss"]
 
 

@@ -19,7 +19,7 @@ def find(path: str, revision: str = "main", *, remote_code: bool) -> Parent:
     a family."""
     from transformers.utils import logging
 
-    from plrd_train.evaluate.published import find_published
+    from plrd_train.parents.published import find_published
 
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():

@@ -1,26 +1,31 @@
-"""`plrd evaluate`: perplexity of one published model, or of a family's parent and every member."""
+"""`plrd evaluate`: perplexity and more of one published model, or of a family's parent and every member."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plrd_train.commands._arguments import add_remote_code, given_path, whole
 from plrd_train.commands._models import family_of, find, lies_at
 from plrd_train.errors import UserError
+from plrd_train.evaluate import ALWAYS, EVALUATORS, others
 from plrd_train.family import Family
 from plrd_train.tracking import console
 
 if TYPE_CHECKING:
     from plrd_train.config.schema import Config
     from plrd_train.data.corpus import Corpus
-    from plrd_train.evaluate.held_out import HeldOut
+    from plrd_train.evaluate._held_out import HeldOut
+    from plrd_train.parents.published import Published
 
 HELP = "measure held-out perplexity: of one model, or of a family's parent and every member"
 EXAMPLES = (
     "plrd evaluate runs/quickstart",
     "plrd evaluate runs/quickstart/members/2.25x --data my_texts/ --json",
+    "plrd evaluate runs/quickstart --with speed speed.tokens=64",
 )
 
 
@@ -41,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave bad lines of the corpus out and count them instead of ending"
     )
+    names = ", ".join(name for name in EVALUATORS.names() if name != ALWAYS)
+    parser.add_argument("--with", dest="further", metavar="E[,E2,…]", default="", help=f"measure these too: {names}")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="settings of what --with names, as speed.tokens=64"
+    )
     add_remote_code(parser)
 
 
@@ -49,34 +59,49 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
     from plrd_train.config.resolved import read
     from plrd_train.config.schema import from_mapping
-    from plrd_train.evaluate.published import open_published
+    from plrd_train.parents.published import open_published
 
+    further = _further(given.further, given.overrides)
     folder, remote_code = Path(given.model), given.trust_remote_code
     is_family = (folder / "family.json").is_file()
     home = folder if is_family else family_of(folder)
     source = read(home) if home else None
     config = from_mapping(source) if source else None
+    family = Family.read(home) if home else None
+    parent = None
+    if family and home and (is_family or further):
+        path, revision = lies_at(family.parent.path, home, config), family.parent.revision or "main"
+        parent = find(path, revision, remote_code=remote_code)
     if is_family:  # all models are found before the first is measured
-        family = Family.read(folder)
-        path, revision = lies_at(family.parent.path, folder, config), family.parent.revision or "main"
-        models = {"parent": find(path, revision, remote_code=remote_code)}
+        assert family is not None and parent is not None
+        models = {"parent": parent}
         models |= {m.name: find(str(folder / m.path), remote_code=remote_code) for m in family.members}
     else:
         models = {given.model: find(given.model, remote_code=remote_code)}
+    evaluators = _evaluators(further, source)
     held_out = _held_out(given, home, config)
     name_of_dtype = given.dtype or getattr(config.engine.settings if config else None, "dtype", "fp32")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name_of_dtype]
+
+    @cache
+    def opened_parent() -> Published:
+        assert parent is not None
+        return open_published(parent, dtype, trust_remote_code=remote_code)
+
     results = {}
     for name, files in models.items():
         model = open_published(files, dtype, trust_remote_code=remote_code)
         if given.context and model.context and given.context > model.context:
             raise UserError(f"--context: {given.context} tokens, but {files.path} reads at most {model.context}")
+        to_compare = opened_parent if parent is not None and files is not parent else None
         try:
-            results[name] = held_out.measure(model, name).to_dict() | {"tasks": {}}
+            with held_out.subject(model, name, to_compare) as subject:
+                results[name] = {**held_out.perplexity(subject), "tasks": {}}
+            results[name] |= others(evaluators, subject)
         except UserError as error:
             raise UserError(str(error).replace("data.skip_bad=true", "--skip-bad")) from None
     if not given.json:
-        _print(results)
+        _print(results, list(evaluators))
     return {"parent": results.pop("parent"), "members": results} if is_family else results[given.model]
 
 
@@ -88,7 +113,8 @@ def _held_out(given: argparse.Namespace, home: Path | None, config: Config | Non
     from plrd_train.config.compose import CONF
     from plrd_train.config.schema import Evaluation
     from plrd_train.data.corpus import resolve_corpus
-    from plrd_train.evaluate.held_out import HeldOut
+    from plrd_train.evaluate._held_out import HeldOut
+    from plrd_train.evaluate.perplexity import Evaluator
 
     settings = (
         config.evaluation
@@ -105,13 +131,46 @@ def _held_out(given: argparse.Namespace, home: Path | None, config: Config | Non
         raise UserError(f"--data: {given.model} is of no run that says what to evaluate on; give --data CORPUS")
     if config is not None and home is not None:
         _say_overlap(corpus, home, config)
-    return HeldOut(
-        corpus,
-        given.context or settings.context,
-        given.tokens or settings.tokens,
-        given.batch or settings.batch,
-        skip_bad,
+    perplexity = Evaluator(
+        given.context or settings.context, given.tokens or settings.tokens, given.batch or settings.batch
     )
+    return HeldOut(corpus, perplexity, skip_bad)
+
+
+def _further(names: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """The evaluators of --with, each with the settings that KEY=VALUE give it. Raises UserError."""
+    import yaml
+
+    further: dict[str, dict[str, Any]] = {}
+    known = [name for name in EVALUATORS.names() if name != ALWAYS]
+    for name in filter(None, names.split(",")):
+        if name not in known:
+            raise UserError(f"--with: there is no evaluator {name}; choose of {', '.join(known)}")
+        further[name] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        name, _, setting = key.partition(".")
+        if not equals or not setting or name not in further:
+            raise UserError(f"{override}: no setting of what --with names; give NAME.KEY=VALUE")
+        further[name][setting] = yaml.safe_load(value)
+    return further
+
+
+def _evaluators(further: dict[str, dict[str, Any]], source: dict[str, Any] | None) -> dict[str, Any]:
+    """The evaluators of --with: their settings are those given; else those of the run's config `source`; else the
+    defaults in conf/."""
+    import yaml
+
+    from plrd_train.config.compose import conf_folders
+    from plrd_train.config.schema import evaluators
+
+    settings = {}
+    for name, given in further.items():
+        files = [file for folder in conf_folders() if (file := folder / "evaluation" / f"{name}.yaml").is_file()]
+        defaults = yaml.safe_load(files[0].read_text()) or {} if files else {}
+        own = ((source or {}).get("evaluation") or {}).get(name, {})
+        settings[name] = defaults | own | given
+    return evaluators(settings)
 
 
 def _say_overlap(held_out: Corpus, home: Path, config: Config) -> None:
@@ -129,7 +188,8 @@ def _say_overlap(held_out: Corpus, home: Path, config: Config) -> None:
         console.say(note)
 
 
-def _print(results: dict[str, dict[str, Any]]) -> None:
+def _print(results: dict[str, dict[str, Any]], further: list[str]) -> None:
+    """A table of perplexities, and below it one for each further evaluator."""
     from plrd_train.tracking.table import number
 
     domains = sorted({domain for row in results.values() for domain in row["domains"]})
@@ -139,3 +199,24 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
         for name, row in results.items()
     ]
     console.table(["", "perplexity", "tokens", *domains], rows)
+    for evaluator in further:
+        found = {name: dict(_flat(row[evaluator])) for name, row in results.items()}
+        keys = list(dict.fromkeys(key for row in found.values() for key in row))
+        console.say("")
+        console.table(
+            [evaluator, *keys], [[name, *(_shown(row.get(key)) for key in keys)] for name, row in found.items()]
+        )
+
+
+def _flat(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in result.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key} ")
+        elif value is not None:
+            yield f"{prefix}{key}", value
+
+
+def _shown(value: Any) -> str:
+    from plrd_train.tracking.table import number
+
+    return number(value) if value is None or isinstance(value, float) else str(value)

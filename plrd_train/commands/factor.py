@@ -243,13 +243,15 @@ def _member(name: str, asked: float | None, oneshot: OneShot, ranks: Ranks) -> M
 def _perplexity(given: argparse.Namespace, config: Config, corpus: Corpus, folder: str, name: str) -> Scores:
     import torch
 
-    from plrd_train.evaluate.held_out import HeldOut
-    from plrd_train.evaluate.published import find_published, open_published
+    from plrd_train.evaluate._held_out import HeldOut
+    from plrd_train.evaluate.perplexity import Evaluator
+    from plrd_train.parents.published import find_published, open_published
 
     settings = config.evaluation
     model = open_published(find_published(folder), torch.float32, trust_remote_code=given.trust_remote_code)
-    held_out = HeldOut(corpus, settings.context, settings.tokens, settings.batch, config.data.skip_bad)
-    return Scores(**held_out.measure(model, name).to_dict())
+    evaluator = Evaluator(settings.context, settings.tokens, settings.batch)
+    with HeldOut(corpus, evaluator, config.data.skip_bad).subject(model, name) as subject:
+        return Scores(**evaluator(subject))
 
 
 def _ratios(text: str) -> tuple[float, ...]:

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    from plrd_train.evaluate.generate import generate
-    from plrd_train.evaluate.published import open_published
+    from plrd_train.parents.generate import generate
+    from plrd_train.parents.published import open_published
 
     files = find(given.model, remote_code=given.trust_remote_code)
     model = open_published(files, trust_remote_code=given.trust_remote_code)

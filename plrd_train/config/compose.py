@@ -149,7 +149,8 @@ def _check_groups(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument}: names no key; give KEY=VALUE")
         if not equals or argument == "experiment=null":
             continue
-        if (CONF / key).is_dir() and re.fullmatch(r"[\d.]*|[\[{].*|null", value):
+        several = key == "evaluation" and re.fullmatch(r"\[[\w,]+\]", value)
+        if (CONF / key).is_dir() and not several and re.fullmatch(r"[\d.]*|[\[{].*|null", value):
             names = ", ".join(sorted(path.stem for folder in conf_folders() for path in (folder / key).glob("*.yaml")))
             raise UserError(f"{argument}: a group override must be a string, the name of one of its files: {names}")
 

@@ -23,6 +23,7 @@ from plrd_train.compress.methods import METHODS
 from plrd_train.compress.ranks import ALLOCATIONS, MEASURING
 from plrd_train.engine import ENGINES
 from plrd_train.errors import UserError
+from plrd_train.evaluate import ALWAYS, EVALUATORS
 from plrd_train.recover.objectives import OBJECTIVES
 from plrd_train.registry import Registry
 
@@ -157,6 +158,9 @@ class Checkpoint:
 
 @section
 class Evaluation:
+    """Of perplexity (`plrd_train.evaluate.perplexity`). The keys `evaluation.NAME` are the settings of the further
+    evaluator NAME, and stand in `Config.evaluators`."""
+
     context: Annotated[Positive, Field(ge=2)]
     tokens: Positive
     batch: Positive
@@ -203,6 +207,7 @@ class Config:
     engine: Chosen
     evaluation: Evaluation
     tracking: Tracking
+    evaluators: dict[str, Any]  # no key: by name, the evaluators that `evaluation` has settings of
 
     def compressor(self) -> Compressor:
         """How the run compresses a model."""
@@ -216,6 +221,8 @@ _PLUGINS: dict[str, Registry] = {"form": FORMS, "factorizer": METHODS, "objectiv
 def from_mapping(source: Mapping[str, Any]) -> Config:
     """Check a resolved mapping (the shape of conf/config.yaml). Raises UserError with one line that names the key."""
     kinds = get_type_hints(Config, include_extras=True)
+    del kinds["evaluators"]
+    source, further = _further(source)
     for key in source:
         if key not in kinds:
             raise UserError(f"{key}: unknown key{_did_you_mean(str(key), kinds)}")
@@ -224,9 +231,29 @@ def from_mapping(source: Mapping[str, Any]) -> Config:
         if key not in source:
             raise UserError(f"{key}: this key is missing")
         fields[key] = _choose(key, source[key]) if key in _PLUGINS else _validate(kind, source[key], key)
-    config = Config(**fields)
+    config = Config(**fields, evaluators=evaluators(further))
     _check_together(config)
     return config
+
+
+def _further(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """`source` without the settings of evaluators beside perplexity, and these by name."""
+    section = source.get("evaluation")
+    if not isinstance(section, Mapping):
+        return source, {}
+    further = {name: section[name] for name in EVALUATORS.names() if name != ALWAYS and name in section}
+    return {**source, "evaluation": {key: section[key] for key in section if key not in further}}, further
+
+
+def evaluators(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluator of each name, made with its `settings`. Raises UserError, naming the key."""
+    return {name: _component(EVALUATORS, name, value, f"evaluation.{name}") for name, value in settings.items()}
+
+
+def _component(registry: Registry, name: str, options: Any, key: str) -> Any:
+    # A component declares a plain dataclass: it knows nothing of pydantic.
+    kind = pydantic.dataclasses.dataclass(registry.settings_of(name), frozen=True, config=_STRICT)
+    return _validate(kind, options, key)
 
 
 def _choose(group: str, value: Any) -> Chosen:
@@ -237,10 +264,7 @@ def _choose(group: str, value: Any) -> Chosen:
     options = {key: option for key, option in value.items() if key != "name"}
     if value["name"] not in names:
         raise UserError(f"{group}: there is no {value['name']!r}; choose one of {', '.join(names)}")
-    kind = registry.settings_of(value["name"])
-    # A plugin declares a plain dataclass: it knows nothing of pydantic.
-    checked = pydantic.dataclasses.dataclass(kind, frozen=True, config=_STRICT)
-    return Chosen(value["name"], _validate(checked, options, group))
+    return Chosen(value["name"], _component(registry, value["name"], options, group))
 
 
 def _validate(kind: Any, value: Any, key: str) -> Any:
