@@ -55,7 +55,7 @@ def _multiples(form: str, method: str, ranks: str) -> dict[float, float]:
         ratios = ",".join(map(str, RATIOS))
         chosen = ["--form", form, "--method", method, "--ranks", ranks, "--ratio", ratios]
         options = [*chosen, "--calibration", CORPUS, "--data", CORPUS, *SETTINGS, "--json"]
-        command = [sys.executable, "-m", "plrd_train.commands.cli", "factor", PARENT, f"{folder}/family", *options]
+        command = [sys.executable, "-m", "plrd_train.cli", "factor", PARENT, f"{folder}/family", *options]
         family = json.loads(
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout
         )

@@ -36,7 +36,7 @@ from plrd_train.data.corpus import resolve_corpus
 from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.loader import Loader
 from plrd_train.evaluate.perplexity import perplexity
-from plrd_train.evaluate.published import Published, find_published, open_published
+from plrd_train.parents.published import Published, find_published, open_published
 
 ASSETS = Path(os.environ.get("PLRD_ASSETS", "../shared"))
 PARENT, CORPUS = ASSETS / "parents" / "stories260k", ASSETS / "data" / "tinystories"

@@ -97,7 +97,7 @@ def _run(source: dict[str, Any], world: World, request: StopRequest) -> None:
             run.close(exit_code=1)
             raise
         run.close()
-    console.family_table(family.parent, family.members)
+    console.family_table(family)
     console.say(f"{family.folder / 'report' / 'family.png'}")
 
 

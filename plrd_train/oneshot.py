@@ -28,10 +28,10 @@ from plrd_train.compress.factor_cache import FactorCache
 from plrd_train.compress.rounds import changes
 from plrd_train.config.schema import Config
 from plrd_train.errors import UserError
-from plrd_train.evaluate.published import open_published
 from plrd_train.parents.modeling_plrd import model_ranks
 from plrd_train.parents.models import HubArchitecture, probed
 from plrd_train.parents.parent import Parent, load_config
+from plrd_train.parents.published import open_published
 from plrd_train.parents.reach import check_in_order, shapes_of
 from plrd_train.parents.weights import WeightReader, parent_dtype
 from plrd_train.publish.members import MemberWriter

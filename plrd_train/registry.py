@@ -43,7 +43,7 @@ class Registry:
 
     kind: str
     folder: str
-    settings: str
+    settings: str = "Settings"
 
     def names(self) -> list[str]:
         """The names of all components, sorted."""

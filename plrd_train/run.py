@@ -23,8 +23,9 @@ from plrd_train.data.documents import EvalDocument, evaluation_documents
 from plrd_train.data.embedded import write_corpus
 from plrd_train.data.loader import merge_positions
 from plrd_train.engine import Engine, open_engine, rounded
+from plrd_train.evaluate import Subject, others
 from plrd_train.evaluate.perplexity import perplexity
-from plrd_train.family import Family
+from plrd_train.family import Family, Member, ParentRecord, Scores
 from plrd_train.parents.modeling_plrd import model_ranks
 from plrd_train.parents.models import HubArchitecture, check_attention
 from plrd_train.parents.parent import load_config, load_tokenizer, on_this_node, open_parent
@@ -80,6 +81,12 @@ class Run:
             raise SharedError(
                 f"data.streams: {config.data.streams} streams cannot feed {world.size} ranks; give at least that many"
             )
+        for name, evaluator in config.evaluators.items():
+            if evaluator.published:
+                raise SharedError(
+                    f"evaluation.{name}: it measures published models alone; leave it out, and measure the family with "
+                    f"plrd evaluate {run_dir} --with {name}"
+                )
         budgets = config.stages.budgets()
         self.compressor = config.compressor()
         self.stages = [
@@ -116,7 +123,7 @@ class Run:
         world.on_main(lambda: resolved.write(source, run_dir))
         world.on_main(lambda: request.watch(run_dir / "stop"))
 
-        self.family: Family = world.on_main(lambda: Family.read(run_dir, must_exist=False))
+        self._family: Family | None = world.on_main(lambda: Family.find(run_dir))
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, config.checkpoint.keep)
         self.kept = FactorCache(run_dir / "factors", world.device)
         self.counters = Counters()
@@ -147,22 +154,22 @@ class Run:
             progress = Progress(ranks=model_ranks(self._parent_config))
             self.engine.load(self.architecture(None), WeightReader(self.parent))
             self._tracker.rewind(0)
-            if not self.family.parent:
-                evaluated = self.evaluate("of the parent")
-                self.family.parent = {
-                    "path": self.config.parent.path,
-                    "revision": self.parent.revision,
-                    "params": self.engine.params(),
-                    "eval": evaluated,
-                }
-                self.world.on_main(self.family.write)
+            if self._family is None:
+                parent = ParentRecord(
+                    path=self.config.parent.path,
+                    revision=self.parent.revision,
+                    params=self.engine.params(),
+                    eval=self.evaluate("of the parent"),
+                )
+                self._family = Family(self.run_dir, parent)
+                self.world.on_main(self._family.write)
             return progress
-        if not self.family.parent:
+        if self._family is None:
             raise SharedError(
                 f"{self.run_dir / 'family.json'}: lost, though checkpoints/ holds this run; restore it, or use "
                 "another run_dir"
             )
-        published = progress.entry is None or self.family.has(progress.entry["name"])
+        published = progress.entry is None or self.family.has(progress.entry.name)
         if progress.under_way is not None:
             architecture = self.architecture(progress.under_way.ranks)
             self._branch_of = self.checkpoints.load_stage(progress, architecture, optimizer_of(self.config.recover))
@@ -178,6 +185,12 @@ class Run:
         if published and self.world.is_main:
             write_report(self.run_dir)  # the run may have been stopped just before it
         return progress
+
+    @property
+    def family(self) -> Family:
+        """Not before `resume`."""
+        assert self._family is not None
+        return self._family
 
     def load_trunk(self, progress: Progress) -> None:
         self.checkpoints.load(progress, self.architecture(progress.ranks))
@@ -289,7 +302,7 @@ class Run:
             self.checkpoints.wait()
             raise Stopped(where)
 
-    def evaluate(self, when: str, stage: Stage | None = None) -> dict[str, Any]:
+    def evaluate(self, when: str, stage: Stage | None = None) -> Scores:
         """Held-out perplexity of the model in the engine, on its weights as they would be published."""
         with self._as_published():
             measured = perplexity(self.engine, self._held_out, self.config.evaluation.batch)
@@ -298,7 +311,11 @@ class Run:
         self._tracker.log_event(
             "evaluation", {"stage/index": stage_index, "when": when, "val/loss": measured.loss, "val/ppl": measured.ppl}
         )
-        return measured.to_dict()
+        scores = measured.to_dict()
+        if when != "straight after factoring":
+            with self._as_published():
+                scores |= others(self.config.evaluators, Subject(self.engine, self.tokenizer, self._held_out))
+        return Scores(**scores)
 
     @contextmanager
     def _as_published(self) -> Iterator[None]:
@@ -307,13 +324,13 @@ class Run:
         with rounded(self.engine, self._dtype, packed(self.engine, form) if forms.get(form).PACKS else ()):
             yield
 
-    def publish(self, entry: dict[str, Any], ranks: Mapping[str, int]) -> None:
+    def publish(self, entry: Member, ranks: Mapping[str, int]) -> None:
         """Write the model in the engine as the member of `entry`, and list it in family.json once its folder is whole.
         A member that is listed already, as when the run's checkpoints were lost, stays as it is."""
         self.world.on_main(self.kept.clear)  # its stage has a checkpoint
-        if self.family.has(entry["name"]):
+        if self.family.has(entry.name):
             return
-        folder = self.family.member_folder(entry["name"])
+        folder = self.family.member_folder(entry.name)
         # It does where a run was stopped between its publication and family.json.
         if not self.world.on_main(folder.exists):
             card = member_card(entry, self.family.parent, dataclasses.asdict(self.config))

@@ -100,7 +100,7 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
     def progress_after(steps: int, in_branch: bool) -> Progress:
         position = merge_positions(world.share(loader.position()))
         under_way = UnderWay(
-            entry={}, ranks={}, steps=steps, in_branch=in_branch, judged=dataclasses.replace(guard.judged)
+            entry=None, ranks={}, steps=steps, in_branch=in_branch, judged=dataclasses.replace(guard.judged)
         )
         return Progress(counters=counters.now(), position=position, under_way=under_way)
 

@@ -12,7 +12,7 @@ from tiny_family import write_corpus, write_parent
 from tiny_parents import VOCABULARY, config_of, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from plrd_train.commands.cli import main
+from plrd_train.cli import main
 from plrd_train.tracking import console
 
 # Which a shell lets its background jobs ignore, and nohup too: they are sent to runs here.

@@ -123,6 +123,45 @@ class Objective(CrossEntropy):
     def __call__(self, model, input_ids):
         return super().__call__(model, input_ids) / 2
 """,
+    "conf/evaluation/accuracy.yaml": "# @package evaluation.accuracy\nfirst: 4\n",
+    "evaluate/accuracy.py": """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    published: ClassVar[bool] = False
+
+    first: int
+
+    @torch.no_grad()
+    def __call__(self, subject):
+        on, hits, tokens = subject.on, 0, 0
+        for document in subject.documents[: self.first]:  # on every rank alike
+            ids = torch.tensor([document.ids], device=on.device)
+            hits += (on.model(input_ids=ids).logits[:, :-1].argmax(-1) == ids[:, 1:]).sum().item()
+            tokens += ids.shape[1] - 1
+        return {"accuracy": hits / tokens, "tokens": tokens}
+""",
+    "commands/shout.py": """
+from plrd_train.tracking import console
+
+HELP = "say a word loudly"
+EXAMPLES = ("plrd shout hey",)
+
+
+def add_arguments(parser):
+    parser.add_argument("word")
+
+
+def run(given):
+    if not given.json:
+        console.say(given.word.upper())
+    return {"word": given.word.upper()}
+""",
 }
 
 

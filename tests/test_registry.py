@@ -21,9 +21,17 @@ def run(folder, *arguments):
 
 def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     install(tmp_path / "site")
+    evaluated = ("evaluation=[perplexity,accuracy]", "evaluation.accuracy.first=7")
     settings = {
         "one": ("form=halves", "factorizer=labelled", "factorizer.label=0.25", "objective=halved"),
-        "two": ("factorizer=counting", "factorizer.calibration_tokens=48", "ranks=fixed", "ranks.rank=3"),
+        "two": (
+            "factorizer=counting",
+            "factorizer.calibration_tokens=48",
+            "ranks=fixed",
+            "ranks.rank=3",
+            "evaluation=[perplexity,accuracy]",
+            "evaluation.accuracy.first=7",
+        ),
     }
     family, first, events = {}, {}, {}
     for name, chosen in settings.items():
@@ -53,10 +61,34 @@ def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     assert {event["factor/rel_error"] for event in events["two"]} == {48}  # the statistic counts every token
     assert [event["linear"] for event in events["two"]] == list(two["ranks"])  # in order
 
+    measured = two["eval"]["accuracy"]
+    parent = json.loads((tmp_path / "two" / "family.json").read_text())["parent"]["eval"]["accuracy"]
+    assert measured["tokens"] == parent["tokens"] and 0 <= measured["accuracy"] <= 1
+    assert "accuracy" not in one["eval"]
+    evaluate = ("plrd_train.cli", "evaluate", tmp_path / "two", "--with", "accuracy")
+    results = json.loads(run(tmp_path / "site", *evaluate, "--json").stdout)  # with the settings of the run
+    assert results["members"]["2x"]["accuracy"] == measured and results["parent"]["accuracy"] == parent
+    fewer = json.loads(run(tmp_path / "site", *evaluate, "accuracy.first=1", "--json").stdout)
+    assert fewer["parent"]["accuracy"]["tokens"] < parent["tokens"]
+
+
+def test_a_plug_in_adds_a_verb(tmp_path):
+    install(tmp_path)
+    helped = run(tmp_path, "plrd_train.cli", "--help").stdout
+    assert "say a word loudly" in helped and "plrd shout hey" in helped and "plrd show" in helped
+    assert run(tmp_path, "plrd_train.cli", "shout", "hey").stdout == "HEY\n"
+    assert json.loads(run(tmp_path, "plrd_train.cli", "shout", "hey", "--json").stdout) == {"word": "HEY"}
+
+
+def test_a_verb_is_not_hindered_by_another_that_is_broken(tmp_path):
+    install(tmp_path, files={"commands/broken.py": "import no_such_package\n"})
+    done = run(tmp_path, "plrd_train.cli", "show", tmp_path)
+    assert done.returncode == 2 and "no family.json here" in done.stderr
+
 
 def test_a_name_that_two_packages_have_is_refused(tmp_path):
     install(tmp_path, files={"compress/methods/svd.py": ""})
-    done = run(tmp_path, "plrd_train.commands.cli", "plan", "experiment=quickstart")
+    done = run(tmp_path, "plrd_train.cli", "plan", "experiment=quickstart")
     assert done.returncode == 2
     assert done.stderr.strip().endswith(
         "method svd: plrd_train.compress.methods.svd and mine.compress.methods.svd; rename one of them"
@@ -66,7 +98,7 @@ def test_a_name_that_two_packages_have_is_refused(tmp_path):
 def test_a_plug_in_that_is_gone_is_named(tmp_path):
     install(tmp_path)
     (tmp_path / "mine").rename(tmp_path / "yours")
-    done = run(tmp_path, "plrd_train.commands.cli", "plan", "experiment=quickstart")
+    done = run(tmp_path, "plrd_train.cli", "plan", "experiment=quickstart")
     assert done.returncode == 2 and "plug-in mine: there is no package of that name" in done.stderr
 
 

@@ -1,17 +1,18 @@
-"""Command lines: a parser whose complaints are UserErrors, and the kinds of its arguments."""
+"""Command lines: a parser that raises UserError, the types of arguments, and the options that several verbs share."""
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from plrd_train.errors import UserError
+from plrd_train.runtime.paths import expanded
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises what argparse would print below the usage. Options may stand anywhere among the other arguments."""
+    """Raises UserError where argparse would print the usage and exit. Options may stand anywhere among the other
+    arguments."""
 
     _mixing = False
 
@@ -28,17 +29,8 @@ class Parser(argparse.ArgumentParser):
             self._mixing = False
 
 
-def expanded(path: str) -> str:
-    """`path` with the home folder that a leading ~ or ~user stands for. Raises UserError where there is none."""
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
-        user = path.partition("/")[0]
-        raise UserError(f"{path}: {user} is no home folder that is known here; write the path out")
-    return found
-
-
 def given_path(text: str) -> str:
-    """A path, or whatever else may stand for one: a glob, a hub id."""
+    """A path, a glob or a hub id, with ~ expanded."""
     try:
         return expanded(text)
     except UserError as error:
@@ -46,12 +38,12 @@ def given_path(text: str) -> str:
 
 
 def given_folder(text: str) -> Path:
-    """The path of a folder, which need not be there."""
+    """The path of a folder that may not exist yet."""
     return Path(given_path(text))
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """A whole number of at least `least`; 1e6 is one."""
+    """The type of a whole number of at least `least`; 1e6 is read as one."""
 
     def parse(text: str) -> int:
         value = _float(text)
@@ -63,7 +55,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def number(least: float = 0.0, above: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
-    """A finite number of at least `least`, above `above` and at most `most`."""
+    """The type of a finite number of at least `least`, above `above` and at most `most`."""
 
     def parse(text: str) -> float:
         value = _float(text)
@@ -82,3 +74,13 @@ def _float(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def add_family(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("family", metavar="FAMILY", type=given_folder, help="the run_dir of a family")
+
+
+def add_remote_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the tokenizer's own code, where the model brings some"
+    )

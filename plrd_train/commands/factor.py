@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plrd_train.commands._arguments import given_folder, given_path, number
+from plrd_train.commands._arguments import add_remote_code, given_folder, given_path, number
 from plrd_train.errors import UserError
-from plrd_train.family import Family
+from plrd_train.family import Family, Member, ParentRecord, Scores
 from plrd_train.tracking import console
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from plrd_train.data.corpus import Corpus
     from plrd_train.oneshot import OneShot, Ranks, Text
     from plrd_train.parents.parent import Parent
+
+HELP = "factor a parent without training, on this one process: a family of its members"
+EXAMPLES = ("plrd factor meta-llama/Llama-2-7b-hf runs/rom --method rom --budget 0.8 --calibration texts/",)
 
 # Where the keys of the main job do not suit: LLM-ROM's sequences, as many of them at once as a CPU likes.
 _OWN = ("data.seq_len=128", "recover.micro_batch=8")
@@ -67,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", metavar="CORPUS", type=given_path, help=text)
     parser.add_argument("--data", metavar="CORPUS", type=given_path, help="measure held-out perplexity on this one")
     parser.add_argument("--revision", metavar="R", help="of a PARENT on the hub (default: its main branch)")
+    add_remote_code(parser)
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
@@ -103,35 +107,35 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     if given.budget is not None:
         asked = {f"budget-{given.budget:g}": oneshot.of_budget(given.budget)}
     family = _family(given, parent, asked, made_by)
-    if not family.parent:
-        family.parent = {"path": given.parent, "revision": parent.revision, "params": oneshot.params}
+    if family is None:
+        record = ParentRecord(path=given.parent, revision=parent.revision, params=oneshot.params)
         if held_out:
-            family.parent["eval"] = _perplexity(given, config, held_out, parent.folder, "the parent")
+            scores = _perplexity(given, config, held_out, parent.folder, "the parent")
+            record = record.model_copy(update={"eval": scores})
+        family = Family(given.out, record)
         family.folder.mkdir(parents=True, exist_ok=True)
         family.write()
     start = time.perf_counter()
     for writer, ranks in oneshot.write(
         {family.member_folder(name): of for name, of in asked.items() if not family.has(name)}
     ):
-        entry = (
-            _entry(writer.folder.name, oneshot, ranks, asked)
-            | made_by
-            | {"seconds": {"factor": time.perf_counter() - start}}
-        )
+        name = writer.folder.name
+        of = asked[name]
+        made = _member(name, of if isinstance(of, float) else None, oneshot, ranks)
+        made = made.model_copy(update={**made_by, "seconds": {"factor": time.perf_counter() - start}})
         if held_out:
-            entry["eval"] = entry["eval_factored"] = _perplexity(
-                given, config, held_out, str(writer.draft), entry["name"]
-            )
-        writer.publish(member_card(entry, family.parent, made_by))
-        family.members.append(entry)
+            scores = _perplexity(given, config, held_out, str(writer.draft), name)
+            made = made.model_copy(update={"eval": scores, "eval_factored": scores})
+        writer.publish(member_card(made, family.parent, made_by))
+        family.members.append(made)
         family.write()
         oneshot.kept.clear()
         start = time.perf_counter()
     oneshot.kept.clear()  # what a process left that was killed right behind its last member
     write_report(family.folder)
     if not given.json:
-        console.family_table(family.parent, family.members)
-    return {"parent": family.parent, "members": family.members}
+        console.family_table(family)
+    return family.to_dict()
 
 
 def _config(given: argparse.Namespace) -> Config:
@@ -189,62 +193,65 @@ def _text(given: argparse.Namespace, config: Config, parent: Parent, corpus: Cor
     return text
 
 
-def _family(given: argparse.Namespace, parent: Parent, asked: Mapping[str, Any], made_by: Mapping[str, Any]) -> Family:
-    """The family in OUT, to which the members that are `asked` for can be added. Raises UserError where it is another
-    one."""
-    family = Family.read(given.out, must_exist=False)
-    if not family.parent:
+def _family(
+    given: argparse.Namespace, parent: Parent, asked: Mapping[str, Any], made_by: Mapping[str, Any]
+) -> Family | None:
+    """The family in OUT, to which the members that are `asked` for can be added; None where there is none yet. Raises
+    UserError where it is another family."""
+    family = Family.find(given.out)
+    if family is None:
         if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
             raise UserError(f"{given.out}: exists, and is no family; choose another OUT")
-        return family
+        return None
     if (given.out / "config.yaml").exists():
         raise UserError(f"{given.out}: the folder of a run, which alone adds to it; choose another OUT")
-    if (family.parent["path"], family.parent.get("revision")) != (given.parent, parent.revision):
-        raise UserError(f"{given.out}: a family of {family.parent['path']}; choose another OUT for {given.parent}")
+    if (family.parent.path, family.parent.revision) != (given.parent, parent.revision):
+        raise UserError(f"{given.out}: a family of {family.parent.path}; choose another OUT for {given.parent}")
     for member in family.members:
-        if member["name"] in asked and any(member.get(key) != value for key, value in made_by.items()):
-            raise UserError(f"{given.out}: has a member {member['name']} that was made otherwise; choose another OUT")
+        if member.name in asked and any(getattr(member, key) != value for key, value in made_by.items()):
+            raise UserError(f"{given.out}: has a member {member.name} that was made otherwise; choose another OUT")
     return family
 
 
-def _entry(name: str, oneshot: OneShot, ranks: Ranks, asked: Mapping[str, Ranks | float]) -> dict[str, Any]:
-    """A member's, with the keys of family.json."""
+def _member(name: str, asked: float | None, oneshot: OneShot, ranks: Ranks) -> Member:
+    """The record of a member of these `ranks`; `asked` is the ratio that it was asked for by."""
     from plrd_train.compress.ranks import ratio_of
 
-    shapes, of = oneshot.shapes, asked[name]
+    shapes = oneshot.shapes
     ratio = ratio_of(shapes, ranks)
     saved = sum(
         shape.pair_params(shape.rank) - shape.params(ranks.get(linear, shape.rank)) for linear, shape in shapes.items()
     )
-    return {
-        "name": name,
-        "ratio_requested": of if isinstance(of, float) else ratio,
-        "ratio": ratio,
-        "params": oneshot.params - saved,
-        "linear_params": sum(shape.params(ranks.get(linear, shape.rank)) for linear, shape in shapes.items()),
-        "form": oneshot.form,
-        "ranks": ranks,
-        **dict.fromkeys(("tokens_stage", "tokens_total", "tokens_lineage"), 0),
-        "path": f"members/{name}",
-        "made_from": "parent",
-        "engine": None,
-        "world_size": 1,
-    }
+    return Member(
+        name=name,
+        ratio_requested=ratio if asked is None else asked,
+        ratio=ratio,
+        params=oneshot.params - saved,
+        linear_params=sum(shape.params(ranks.get(linear, shape.rank)) for linear, shape in shapes.items()),
+        form=oneshot.form,
+        ranks=ranks,
+        tokens_stage=0,
+        tokens_total=0,
+        tokens_lineage=0,
+        path=f"members/{name}",
+        made_from="parent",
+        engine=None,
+        world_size=1,
+    )
 
 
-def _perplexity(given: argparse.Namespace, config: Config, corpus: Corpus, folder: str, name: str) -> dict[str, Any]:
+def _perplexity(given: argparse.Namespace, config: Config, corpus: Corpus, folder: str, name: str) -> Scores:
     import torch
 
-    from plrd_train.evaluate.held_out import HeldOut
-    from plrd_train.evaluate.published import find_published, open_published
+    from plrd_train.evaluate._held_out import HeldOut
+    from plrd_train.evaluate.perplexity import Evaluator
+    from plrd_train.parents.published import find_published, open_published
 
     settings = config.evaluation
     model = open_published(find_published(folder), torch.float32, trust_remote_code=given.trust_remote_code)
-    return (
-        HeldOut(corpus, settings.context, settings.tokens, settings.batch, config.data.skip_bad)
-        .measure(model, name)
-        .to_dict()
-    )
+    evaluator = Evaluator(settings.context, settings.tokens, settings.batch)
+    with HeldOut(corpus, evaluator, config.data.skip_bad).subject(model, name) as subject:
+        return Scores(**evaluator(subject))
 
 
 def _ratios(text: str) -> tuple[float, ...]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from plrd_train.plan.phases import Phase
     from plrd_train.plan.report import Plan
 
+HELP = "say what a run takes before it is launched: memory, hours, disk"
+EXAMPLES = ("plrd plan experiment=mistral_7b engine=zero3 --world-size 8 --device H100",)
 WIDTH = 120
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "activations", "factorization")
 
@@ -130,16 +132,14 @@ def _print(plan: Plan, would_fit: Sequence[Mend]) -> None:
             "such a device."
         )
     console.say("")
-    _table(_members(plan), right=range(1, 7))
+    console.table(*_members(plan), left=(7,))
     unit, name = (GB, "GB") if plan.needed >= GB / 10 else (1e6, "MB")
     console.say(
         f"\n{name} of tensors on the fullest rank at the highest moment; each phase of one stage, the highest of the "
         "others:\n"
     )
-    _table(
-        [("stage", "phase", *PARTS, "device", "host"), *(_row(phase, unit) for phase in _shown(plan))],
-        right=range(2, 10),
-    )
+    header = ("stage", "phase", *PARTS, "device", "host")
+    console.table(header, [_row(phase, unit) for phase in _shown(plan)], left=(1,))
     host = amount(host_bytes(plan.phases) * machine.world_size / machine.nodes)
     console.say(f"\nHost memory of a node: {host}, beside what the processes themselves take.")
     _wrapped(
@@ -166,23 +166,24 @@ def _wrapped(text: str, indent: str = "") -> None:
     )
 
 
-def _members(plan: Plan) -> list[Sequence[str]]:
+def _members(plan: Plan) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Header and rows."""
     from plrd_train.plan.report import amount, kinds, rank_ranges
 
     def cost(flops: float) -> tuple[str, str]:
         hours = plan.hours(flops)
         return f"{flops:.2e}", ABSENT if hours is None else f"{hours:.2f}"
 
-    rows: list[Sequence[str]] = [
-        ("member", "ratio", "parameters", str(plan.dtype).removeprefix("torch."), "tokens", "FLOPs", "hours", "ranks")
-    ]
+    dtype = str(plan.dtype).removeprefix("torch.")
+    header = ("member", "ratio", "parameters", dtype, "tokens", "FLOPs", "hours", "ranks")
+    rows: list[Sequence[str]] = []
     for model in plan.models:
         size = amount(plan.dtype.itemsize * model.params)
         trained = (count(model.tokens), *cost(plan.flops(model))) if model.training else (ABSENT,) * 3
         rows.append((model.name, f"{model.ratio:.2f}", count(model.params), size, *trained, kinds(rank_ranges(model))))
     rows.append(("evaluation", *[""] * 4, *cost(plan.evaluation_flops)))
     rows.append(("in all", "", "", "", count(sum(model.tokens for model in plan.models)), *cost(plan.total_flops)))
-    return rows
+    return header, rows
 
 
 def _shown(plan: Plan) -> list[Phase]:
@@ -201,15 +202,3 @@ def _row(phase: Phase, unit: float) -> Sequence[str]:
 
     sizes = [phase.device.get(part, 0.0) for part in PARTS] + [total(phase.device), total(phase.host)]
     return phase.stage, phase.name, *(f"{size / unit:.2f}" if size else ABSENT for size in sizes)
-
-
-def _table(rows: Sequence[Sequence[str]], right: range) -> None:
-    columns = max(map(len, rows))
-    full = [[*row, *[""] * (columns - len(row))] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
-    for row in full:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        console.say("  ".join(cells).rstrip())

@@ -1,4 +1,4 @@
-"""From Hydra overrides to resolved mappings: the only place, with sweep, __main__ and cli, that knows Hydra."""
+"""From Hydra overrides to resolved mappings. Beside this file only sweep.py and __main__.py know Hydra."""
 
 import io
 import os
@@ -15,10 +15,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from plrd_train.commands._arguments import expanded
 from plrd_train.config.overrides import check, literal, readable
 from plrd_train.errors import UserError
 from plrd_train.registry import GROUP, packages
+from plrd_train.runtime.paths import expanded
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Beside the package in a checkout, inside it in a wheel.
@@ -149,7 +149,8 @@ def _check_groups(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument}: names no key; give KEY=VALUE")
         if not equals or argument == "experiment=null":
             continue
-        if (CONF / key).is_dir() and re.fullmatch(r"[\d.]*|[\[{].*|null", value):
+        several = key == "evaluation" and re.fullmatch(r"\[[\w,]+\]", value)
+        if (CONF / key).is_dir() and not several and re.fullmatch(r"[\d.]*|[\[{].*|null", value):
             names = ", ".join(sorted(path.stem for folder in conf_folders() for path in (folder / key).glob("*.yaml")))
             raise UserError(f"{argument}: a group override must be a string, the name of one of its files: {names}")
 

@@ -22,7 +22,8 @@ from plrd_train.compress.methods import METHODS
 from plrd_train.data.settings import Data
 from plrd_train.engine import ENGINES
 from plrd_train.errors import UserError
-from plrd_train.evaluate.settings import Evaluation
+from plrd_train.evaluate import ALWAYS, EVALUATORS
+from plrd_train.evaluate._settings import Evaluation
 from plrd_train.parents.settings import Parent
 from plrd_train.recover.objectives import OBJECTIVES
 from plrd_train.recover.schedules import SCHEDULES
@@ -71,6 +72,7 @@ class Config:
     engine: Chosen
     evaluation: Evaluation
     tracking: Tracking
+    evaluators: dict[str, Any]  # no key: by name, the evaluators that `evaluation` has settings of
 
     def compressor(self) -> Compressor:
         """How the run compresses a model."""
@@ -96,6 +98,8 @@ _PLUGINS: dict[str, Registry] = {
 def from_mapping(source: Mapping[str, Any]) -> Config:
     """Check a resolved mapping (the shape of conf/config.yaml). Raises UserError with one line that names the key."""
     kinds = get_type_hints(Config, include_extras=True)
+    del kinds["evaluators"]
+    source, further = _further(source)
     for key in source:
         if key not in kinds:
             raise UserError(f"{key}: unknown key{_did_you_mean(str(key), kinds)}")
@@ -104,9 +108,29 @@ def from_mapping(source: Mapping[str, Any]) -> Config:
         if key not in source:
             raise UserError(f"{key}: this key is missing")
         fields[key] = _choose(key, source[key]) if key in _PLUGINS else _validate(kind, source[key], key)
-    config = Config(**fields)
+    config = Config(**fields, evaluators=evaluators(further))
     _check_together(config)
     return config
+
+
+def _further(source: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """`source` without the settings of evaluators beside perplexity, and these by name."""
+    section = source.get("evaluation")
+    if not isinstance(section, Mapping):
+        return source, {}
+    further = {name: section[name] for name in EVALUATORS.names() if name != ALWAYS and name in section}
+    return {**source, "evaluation": {key: section[key] for key in section if key not in further}}, further
+
+
+def evaluators(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluator of each name, made with its `settings`. Raises UserError, naming the key."""
+    return {name: _component(EVALUATORS, name, value, f"evaluation.{name}") for name, value in settings.items()}
+
+
+def _component(registry: Registry, name: str, options: Any, key: str) -> Any:
+    # A component declares a plain dataclass: it knows nothing of pydantic.
+    kind = pydantic.dataclasses.dataclass(registry.settings_of(name), frozen=True, config=STRICT)
+    return _validate(kind, options, key)
 
 
 def _choose(group: str, value: Any) -> Chosen:
@@ -117,10 +141,7 @@ def _choose(group: str, value: Any) -> Chosen:
     options = {key: whole(option) for key, option in value.items() if key != "name"}
     if value["name"] not in names:
         raise UserError(f"{group}: there is no {value['name']!r}; choose one of {', '.join(names)}")
-    kind = registry.settings_of(value["name"])
-    # A plugin declares a plain dataclass: it knows nothing of pydantic.
-    checked = pydantic.dataclasses.dataclass(kind, frozen=True, config=STRICT)
-    return Chosen(value["name"], _validate(checked, options, group))
+    return Chosen(value["name"], _component(registry, value["name"], options, group))
 
 
 def _validate(kind: Any, value: Any, key: str) -> Any:

@@ -3,31 +3,28 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from plrd_train.data.documents import EvalDocument
+from plrd_train.evaluate import OnRanks, Subject
 
 
-class OnRanks(Protocol):
-    """A causal LM of transformers over one or many ranks: every engine, and
-    `plrd_train.evaluate.published.Published`."""
+@dataclass(frozen=True)
+class Evaluator:
+    """Perplexity on the first `context` tokens of each document, at most `tokens` predicted ones in all, `batch`
+    documents at once on a rank."""
 
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
+    published: ClassVar[bool] = False
 
-    def share(self, value: object) -> list:
-        """The small picklable `value` of every rank, in rank order, on every rank. A collective."""
-        ...
+    context: int
+    tokens: int
+    batch: int
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        return perplexity(subject.on, subject.documents, self.batch, subject.on_tokens).to_dict()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The README.md of a published member: what it is, how it came about, how to load it, what is not known of it."""
+"""The README.md of a published member: what it is, how it was made, how to load it, its limits."""
 
 import json
 from collections import defaultdict
@@ -7,6 +7,8 @@ from pathlib import PurePath
 from typing import Any
 
 import yaml
+
+from plrd_train.family import Member, ParentRecord, Scores
 
 _TEXT = """---
 {front_matter}
@@ -74,38 +76,38 @@ The licence of the parent, and of the data that it was recovered on, apply.
 """
 
 
-def member_card(entry: Mapping[str, Any], parent: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """README.md with YAML front matter for a member.
+def member_card(member: Member, parent: ParentRecord, settings: Mapping[str, Any]) -> str:
+    """README.md of a member, with YAML front matter.
 
-    `entry` and `parent` have the keys of family.json; `parent["revision"]`, where there is one, marks `parent["path"]`
-    as a hub id, and of a local parent only the folder's name is told. `settings` is the resolved config; of the paths
-    in it only the last two parts are told.
+    A parent with a revision is named as the hub id that its path is; of a local one only the folder's name is told.
+    `settings` is the resolved config; of the paths in it only the last two parts are told.
     """
-    revision = parent.get("revision")
     tags = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["plrd", "low-rank", "compression"],
     }
-    front_matter = ({"base_model": parent["path"]} if revision else {}) | tags
-    parent_name = f"{parent['path']}@{revision[:12]}" if revision else PurePath(parent["path"]).name
+    front_matter = ({"base_model": parent.path} if parent.revision else {}) | tags
+    parent_name = f"{parent.path}@{parent.revision[:12]}" if parent.revision else PurePath(parent.path).name
     return _TEXT.format(
         front_matter="\n".join(f"{key}: {json.dumps(value)}" for key, value in front_matter.items()),
-        name=entry["name"],
+        name=member.name,
         parent=parent_name,
-        numbers="\n".join(_numbers(entry, parent)),
-        made_from=f"`{entry['made_from']}`" if entry.get("made_from") else f"`{parent_name}`",
-        form=entry["form"],
-        ratio_requested=entry["ratio_requested"],
-        ratio=f"{entry['ratio']:.4g}",
-        ranks="\n".join(_rank_table(entry["ranks"])),
+        numbers="\n".join(_numbers(member, parent)),
+        made_from=f"`{parent_name if member.made_from == 'parent' else member.made_from}`",
+        form=member.form,
+        ratio_requested=member.ratio_requested,
+        ratio=f"{member.ratio:.4g}",
+        ranks="\n".join(_rank_table(member.ranks)),
         settings=yaml.safe_dump(_portable(settings), sort_keys=False, allow_unicode=True).strip(),
-        **{key: f"{entry[key]:,}" for key in ("tokens_stage", "tokens_total", "tokens_lineage")},
+        tokens_stage=f"{member.tokens_stage:,}",
+        tokens_total=f"{member.tokens_total:,}",
+        tokens_lineage=f"{member.tokens_lineage:,}",
     )
 
 
 def _portable(value: Any) -> Any:
-    """`value` in plain YAML types, without the places of the machine that it comes from."""
+    """`value` in plain YAML types, with absolute paths cut to their last two parts."""
     if isinstance(value, Mapping):
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -115,18 +117,20 @@ def _portable(value: Any) -> Any:
     return value
 
 
-def _numbers(entry: Mapping[str, Any], parent: Mapping[str, Any]) -> Iterator[str]:
-    yield f"| parameters | {parent['params']:,} | {entry['params']:,} |"
-    yield f"| parameters of the Linears | | {entry['linear_params']:,} |"
-    yield (
-        f"| perplexity straight after factoring | {_perplexity(parent, 'eval')} | "
-        f"{_perplexity(entry, 'eval_factored')} |"
-    )
-    yield f"| perplexity after recovery | {_perplexity(parent, 'eval')} | {_perplexity(entry, 'eval')} |"
+def _numbers(member: Member, parent: ParentRecord) -> Iterator[str]:
+    yield f"| parameters | {parent.params:,} | {member.params:,} |"
+    yield f"| parameters of the Linears | | {member.linear_params:,} |"
+    for when, scores in (
+        ("straight after factoring", member.eval_factored),
+        ("after recovery", member.eval),
+    ):
+        yield f"| perplexity {when} | {_perplexity(parent.eval)} | {_perplexity(scores)} |"
 
 
-def _perplexity(of: Mapping[str, Any], key: str) -> str:
-    return f"{of[key]['ppl']:.4g}" if of.get(key) else "not measured"
+def _perplexity(scores: Scores | None) -> str:
+    if scores is None:
+        return "not measured"
+    return "not finite" if scores.ppl is None else f"{scores.ppl:.4g}"
 
 
 def _rank_table(ranks: Mapping[str, int]) -> Iterator[str]:

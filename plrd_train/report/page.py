@@ -5,13 +5,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from plrd_train.config import resolved
-from plrd_train.family import Family
+from plrd_train.family import Family, Member
 from plrd_train.report.plots import family_figure, losses_figure
 from plrd_train.report.signatures import signs
 from plrd_train.runtime.files import write_atomically
@@ -109,20 +108,19 @@ def write_report(run_dir: Path) -> Path:
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
 
-    family_png = _png(family_figure(family.parent, family.members))
+    family_png = _png(family_figure(family))
     write_atomically(folder / "family.png", family_png)
     losses = losses_figure(family.parent, rows, events)
     losses_png = _png(losses) if losses else b""
     if losses_png:
         write_atomically(folder / "losses.png", losses_png)
-    # The contract's, where no config says another.
     page = (
         Environment(autoescape=True)
         .from_string(_PAGE)
         .render(
-            title=f"A family of {Path(str(family.parent.get('path', 'a parent'))).name}",
+            title=f"A family of {Path(family.parent.path).name}",
             lead=f"{len(family.members)} {'member' if len(family.members) == 1 else 'members'} made from one parent of "
-            f"{count(family.parent.get('params'))} parameters.",
+            f"{count(family.parent.params)} parameters.",
             family_png=base64.b64encode(family_png).decode(),
             losses_png=base64.b64encode(losses_png).decode(),
             headers=HEADERS,
@@ -138,8 +136,8 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _facts(members: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What the training cost: names and values for people."""
+def _facts(members: Sequence[Member], rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Names and values of what the training cost."""
     if not rows:
         return []
 
@@ -152,9 +150,9 @@ def _facts(members: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[tuple
     if budget := values("tokens/budget"):
         facts.append(("token budget", f"{budget[-1]:,.0f}"))
     facts += [
-        (f"tokens in the stage of {member.get('name')}", f"{member['tokens_stage']:,.0f}")
+        (f"tokens in the stage of {member.name}", f"{member.tokens_stage:,}")
         for member in members
-        if member.get("tokens_stage")
+        if member.tokens_stage
     ]
     facts += [
         (f"tokens from {name.removeprefix('data/').removesuffix('_tokens')}", f"{value:,.0f}")

@@ -1,10 +1,9 @@
 """The two pictures of a run: perplexity against parameters, and loss against tokens."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from matplotlib import patheffects
@@ -17,8 +16,9 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from plrd_train.family import Family, Member, ParentRecord
 from plrd_train.tracking.rows import Row
-from plrd_train.tracking.table import count, number, perplexity
+from plrd_train.tracking.table import count, number
 
 # Okabe and Ito's colours, which the colour-blind tell apart; series differ by marker too.
 RECOVERED, FACTORED, PARENT, FAINT = "#0072B2", "#D55E00", "#222222", "#8a8a8a"
@@ -37,15 +37,12 @@ _PLACES += [(7, -6, "left", "top"), (-7, 6, "right", "bottom"), (-9, 0, "right",
 _PLACES += [(x * k, y * k, h, v) for k in (3, 5, 7) for x, y, h, v in _PLACES[:8]]
 
 
-def family_figure(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> Figure:
-    """Perplexity against parameters: the parent, and the members straight after factoring and after recovery, with the
-    keys of family.json."""
-    members = sorted((member for member in members if member.get("params")), key=lambda member: member["params"])
-    base = perplexity(parent, "eval")
-    recovered, factored = (
-        [(m["params"], ppl, _label(m, ppl)) for m in members if (ppl := perplexity(m, key)) is not None]
-        for key in ("eval", "eval_factored")
-    )
+def family_figure(family: Family) -> Figure:
+    """Perplexity against parameters: the parent, and the members straight after factoring and after recovery."""
+    parent, members = family.parent, sorted(family.members, key=lambda member: member.params)
+    base = parent.ppl
+    recovered = [(m.params, m.ppl, _label(m, m.ppl)) for m in members if m.ppl is not None]
+    factored = [(m.params, m.ppl_factored, _label(m, m.ppl_factored)) for m in members if m.ppl_factored is not None]
     if factored == recovered:  # made without training: one series
         recovered = []
     near = [ppl for _, ppl, _ in recovered] + ([base] if base else [])
@@ -57,10 +54,10 @@ def family_figure(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]
     if far_off:
         top.set_yscale("log")
     marks = []
-    if base is not None and parent.get("params"):
+    if base is not None:
         bottom.axhline(base, color=PARENT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        bottom.plot([parent["params"]], [base], "*", color=PARENT, markersize=14, label="parent", zorder=4)
-        marks.append((parent["params"], base, f"parent\n{number(base, 3)}"))
+        bottom.plot([parent.params], [base], "*", color=PARENT, markersize=14, label="parent", zorder=4)
+        marks.append((parent.params, base, f"parent\n{number(base, 3)}"))
     if factored:
         top.plot(
             *_xy(factored),
@@ -111,7 +108,7 @@ def family_figure(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]
     return figure
 
 
-def losses_figure(parent: Mapping[str, Any], rows: Sequence[Row], events: Sequence[Row]) -> Figure | None:
+def losses_figure(parent: ParentRecord, rows: Sequence[Row], events: Sequence[Row]) -> Figure | None:
     """Training and held-out loss against the run's tokens, stages marked, the token budget shown; None where no row has
     a training loss."""
     rows = [row for row in rows if row.get("train/loss") is not None and row.get("tokens/total") is not None]
@@ -160,7 +157,7 @@ def losses_figure(parent: Mapping[str, Any], rows: Sequence[Row], events: Sequen
                 zorder=5,
                 clip_on=False,
             )
-    if base := perplexity(parent, "eval"):
+    if base := parent.ppl:
         axes.axhline(
             math.log(base), color=PARENT, linewidth=1, linestyle=(0, (4, 3)), label="parent, held-out", zorder=1
         )
@@ -214,10 +211,10 @@ def _log_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _label(member: Mapping[str, Any], ppl: float) -> str:
-    """Name, ratio where the name does not say it, and perplexity, for a label."""
-    name, ratio = str(member.get("name", "")), member.get("ratio_requested", member.get("ratio"))
-    if ratio is not None and f"{ratio:g}" not in name:
+def _label(member: Member, ppl: float) -> str:
+    """Name, ratio where the name does not say it, and perplexity."""
+    name, ratio = member.name, member.ratio_requested
+    if f"{ratio:g}" not in name:
         name = f"{name} ({ratio:.3g}x)"
     return f"{name}\n{number(ppl, 3)}"
 

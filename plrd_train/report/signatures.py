@@ -5,12 +5,12 @@ They are signs, with bounds chosen by eye, and no proof: a member can be what on
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
 
+from plrd_train.family import Member, ParentRecord
 from plrd_train.tracking.rows import Row
 
 JUMP = 1.0  # nats of held-out loss that a factoring may cost: beyond it, training starts from little more than noise
@@ -28,10 +28,9 @@ class Sign:
     words: str
 
 
-def signs(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Sign]:
-    """What is to be noticed in a family of family.json's `parent` and `members`, whose training `rows` (metrics.jsonl)
-    tell; by stage."""
-    nats = [_loss(parent), *map(_loss, members)]
+def signs(parent: ParentRecord, members: Sequence[Member], rows: Sequence[Row]) -> list[Sign]:
+    """The signs in a family, stage by stage; `rows` are those of metrics.jsonl."""
+    nats = [_loss(parent.ppl), *(_loss(member.ppl) for member in members)]
     losses = [_stage(rows, stage) for stage in range(1, len(members) + 1)]
     found = []
     for stage, member in enumerate(members, 1):
@@ -40,13 +39,12 @@ def signs(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]], rows:
             _plateau(losses[stage - 1], nats[stage] - nats[0]),
             _slower(losses[max(0, stage - 3) : stage]),
         )
-        found += [Sign(stage, f"stage {stage} ({member['name']}): {words}") for words in own if words]
+        found += [Sign(stage, f"stage {stage} ({member.name}): {words}") for words in own if words]
     return found
 
 
-def _loss(evaluated: Mapping[str, Any], key: str = "eval") -> float:
+def _loss(perplexity: float | None) -> float:
     """Nats a token; NaN where it was not measured."""
-    perplexity = (evaluated.get(key) or {}).get("ppl")
     return math.log(perplexity) if perplexity else math.nan
 
 
@@ -78,8 +76,8 @@ def _stage(rows: Sequence[Row], stage: int) -> _Stage | None:
     return made if made.fall > 0 else None
 
 
-def _jump(member: Mapping[str, Any], before: float) -> str | None:
-    after = _loss(member, "eval_factored")
+def _jump(member: Member, before: float) -> str | None:
+    after = _loss(member.ppl_factored)
     if not after - before > JUMP:
         return None
     return (

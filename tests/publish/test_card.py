@@ -4,10 +4,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from plrd_train.family import Member, ParentRecord
 from plrd_train.publish.card import member_card
 
-ENTRY = {
+MEMBER = {
     "name": "r1.50",
+    "path": "members/r1.50",
     "ratio_requested": 1.5,
     "ratio": 1.5031,
     "params": 2345678,
@@ -34,7 +36,7 @@ def test_card_of_a_local_parent_tells_no_path():
         "data": {"train": "/home/someone/corpora/tales/train"},
         "stages": {"ratios": (1.25, 1.5)},
     }
-    text = member_card(ENTRY, PARENT, settings)
+    text = member_card(Member(**MEMBER), ParentRecord(**PARENT), settings)
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == {
         "factorizer": {"name": "svd"},
         "data": {"train": "…/tales/train"},
@@ -49,11 +51,13 @@ def test_card_of_a_local_parent_tells_no_path():
 
 
 def test_card_of_a_hub_parent_names_its_base_model():
-    text = member_card(ENTRY, PARENT | {"path": "someone/tiny: 'odd'", "revision": "0123456789abcdef"}, {})
+    text = member_card(
+        Member(**MEMBER), ParentRecord(**PARENT | {"path": "someone/tiny: 'odd'", "revision": "0123456789abcdef"}), {}
+    )
     assert ModelCard(text).data.base_model == "someone/tiny: 'odd'"
     assert "@0123456789ab`" in text
 
 
 @pytest.mark.parametrize("key", ["eval", "eval_factored"])
 def test_card_says_what_was_not_measured(key):
-    assert "not measured" in member_card(ENTRY | {key: None}, PARENT, {})
+    assert "not measured" in member_card(Member(**MEMBER | {key: None}), ParentRecord(**PARENT), {})

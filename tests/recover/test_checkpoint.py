@@ -11,11 +11,13 @@ import pytest
 import torch
 from faults import limit_files
 from processes import run_ranks
+from records import member
 from tiny_family import write_parent
 
 from plrd_train.engine import AdamW
 from plrd_train.engine.fsdp import Options, open_engine
 from plrd_train.errors import UserError
+from plrd_train.family import Member
 from plrd_train.parents.models import HubArchitecture
 from plrd_train.parents.parent import load_config, open_parent
 from plrd_train.parents.weights import WeightReader
@@ -29,13 +31,13 @@ ENDED = Progress(
     position={"sequence": 20, "cursors": {"0": [0, 1, 2, 3]}},
     tokens_lineage=1500,
     ranks={"model.layers.0.mlp.up_proj": 3},
-    entry={"name": "2x", "seconds": {"factor": 0.5}},
+    entry=Member(**member("2x", seconds={"factor": 0.5})),
     branched=True,
 )
 TRAINING = dataclasses.replace(
     ENDED,
     counters=dataclasses.replace(ENDED.counters, steps=25),
-    under_way=UnderWay({"name": "3x"}, {"model.layers.0.mlp.up_proj": 2}, 5, 1.5, True),
+    under_way=UnderWay(Member(**member("3x")), {"model.layers.0.mlp.up_proj": 2}, 5, 1.5, True),
 )
 
 

@@ -5,13 +5,16 @@ import html.parser
 import io
 import json
 import math
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+import records
 from matplotlib.text import Annotation
 
 from plrd_train.errors import UserError
+from plrd_train.family import Family, Member, ParentRecord
 from plrd_train.report.page import write_report
 from plrd_train.report.plots import family_figure
 
@@ -20,8 +23,7 @@ RATIOS = [1.25, 1.5, 1.85, 2.25]
 
 
 def member(ratio: float, factored: float = 8.0, recovered: float = 1.2, **more) -> dict:
-    return {
-        "name": f"{ratio:g}x",
+    made = {
         "ratio_requested": ratio,
         "ratio": ratio,
         "params": int(3.1e6 * (0.15 + 0.85 / ratio)),
@@ -29,14 +31,14 @@ def member(ratio: float, factored: float = 8.0, recovered: float = 1.2, **more) 
         "eval": {"ppl": 4.1 * recovered * ratio},
         "tokens_stage": 5000,
         "tokens_lineage": 5000,
-        **more,
     }
+    return records.member(f"{ratio:g}x", **made | more)
 
 
 def write_family(run_dir, members) -> None:
     (run_dir / "family.json").write_text(
         json.dumps(
-            {"parent": PARENT, "members": [{"path": f"members/{i}", **member} for i, member in enumerate(members)]}
+            {"parent": PARENT, "members": [{**member, "path": f"members/{i}"} for i, member in enumerate(members)]}
         )
     )
 
@@ -123,7 +125,7 @@ def test_a_family_of_four(tmp_path):
         [member(1.25)],
         [member(1.25, factored=1.3)],
         [member(1.25, eval={"ppl": math.inf}), member(1.5, eval=None)],
-        [{"name": "<script>alert(1)</script> $x_$", "params": 10}],
+        [records.member("<script>alert(1)</script> $x_$", params=10)],
         [{**member(ratio), "eval": member(ratio)["eval_factored"]} for ratio in RATIOS],  # made without training
     ],
     ids=["none", "one", "one, near", "not finite", "bare", "untrained"],
@@ -153,7 +155,8 @@ def test_a_folder_without_a_family_is_a_users_mistake(tmp_path):
 @pytest.mark.parametrize("factored", [1.5, 8.0])
 @pytest.mark.parametrize("ratios", [RATIOS, [1.2, 1.25, 1.3, 1.5, 1.85, 2, 2.25]])
 def test_labels_do_not_cover_each_other(ratios, factored):
-    figure = family_figure(PARENT, [member(ratio, factored=factored) for ratio in ratios])
+    members = [Member(**member(ratio, factored=factored)) for ratio in ratios]
+    figure = family_figure(Family(Path("runs/family"), ParentRecord(**PARENT), members))
     figure.canvas.draw()
     boxes = [
         child.get_window_extent()

@@ -3,20 +3,19 @@
 import math
 
 import pytest
+import records
 
+from plrd_train.family import Member, ParentRecord, Scores
 from plrd_train.report.signatures import FAR, JUMP, SLOWER, signs
 
 STEPS, TOKENS = 200, 100  # of a stage; of a step
-PARENT = {"eval": {"ppl": math.exp(2.0)}}
+PARENT = ParentRecord(path="p", params=2_000_000, eval=Scores(ppl=math.exp(2.0)))
 
 
-def member(stage: int, factored: float, after: float) -> dict:
+def member(stage: int, factored: float, after: float) -> Member:
     """With held-out losses, in nats, above the parent."""
-    return {
-        "name": f"{stage}x",
-        "eval_factored": {"ppl": math.exp(2.0 + factored)},
-        "eval": {"ppl": math.exp(2.0 + after)},
-    }
+    scores = {"eval_factored": {"ppl": math.exp(2.0 + factored)}, "eval": {"ppl": math.exp(2.0 + after)}}
+    return Member(**records.member(f"{stage}x", **scores))
 
 
 def rows(*times: float, noise: float = 0.05) -> list[dict]:
@@ -67,5 +66,5 @@ def test_what_was_not_measured_is_no_sign():
     short = [row for row in rows(5.0) if row["tokens/total"] <= 60 * TOKENS]
     lost = [{**row, "train/loss": None} for row in rows(5.0)]
     for known in ([], short, lost):
-        assert signs(PARENT, [{"name": "1x", "eval": {"ppl": 20.0}}], known) == []
-    assert signs({"eval": {}}, [member(1, 5.0, 5.0)], rows(5.0)) == []
+        assert signs(PARENT, [Member(**records.member("1x", eval={"ppl": 20.0}))], known) == []
+    assert signs(ParentRecord(path="p", params=1), [member(1, 5.0, 5.0)], rows(5.0)) == []

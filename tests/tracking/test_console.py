@@ -5,31 +5,27 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from records import member
 from tracking.test_tracker import in_a_process
 
+from plrd_train.family import Family, Member, ParentRecord, Scores
 from plrd_train.tracking import console
 
-PARENT = {"params": 3_100_000, "eval": {"ppl": 5.1}}
-MEMBERS = [
-    {
-        "name": "1.25x",
-        "ratio": 1.2512,
-        "params": 2_604_000,
-        "eval_factored": {"ppl": 26.3},
-        "eval": {"ppl": 5.61},
-        "tokens_lineage": 100_000,
-    },
-    {
-        "name": "[bold]late[/bold]",
-        "ratio": 2.25,
-        "params": 1_550_000,
-        "eval_factored": {"ppl": float("inf")},
-        "eval": None,
-        "tokens_lineage": 0,
-    },
-]
+FAMILY = Family(
+    Path("runs/family"),
+    ParentRecord(path="p", params=3_100_000, eval=Scores(ppl=5.1)),
+    [
+        Member(
+            **member("1.25x", ratio=1.2512, params=2_604_000, tokens_lineage=100_000),
+            eval_factored=Scores(ppl=26.3),
+            eval=Scores(ppl=5.61),
+        ),
+        Member(**member("[bold]late[/bold]", ratio=2.25, params=1_550_000), eval_factored=Scores(ppl=float("inf"))),
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -93,20 +89,20 @@ def test_only_the_main_rank_speaks(capsys):
     console.set_main(False)
     work()
     console.say("no")
-    console.family_table(PARENT, MEMBERS)
+    console.family_table(FAMILY)
     assert capsys.readouterr() == ("", "")
 
 
 def test_standard_output_can_be_kept_free(capsys):
     console.set_main(True, to_stderr=True)
     work()
-    console.family_table(PARENT, MEMBERS)
+    console.family_table(FAMILY)
     out, err = capsys.readouterr()
     assert out == "" and "stage 1: recover" in err and "1.25x" in err
 
 
 def test_the_table_of_a_family(capsys):
-    console.family_table(PARENT, MEMBERS)
+    console.family_table(FAMILY)
     said = capsys.readouterr().out
     assert "\x1b" not in said
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│" in line]
@@ -119,7 +115,7 @@ def test_the_table_of_a_family(capsys):
 
 def test_a_terminal_that_knows_no_box_drawing_gets_a_table():
     done = in_a_process(
-        f"from plrd_train.tracking import console; console.family_table({PARENT!r}, {MEMBERS[:1]!r})",
+        "from tracking.test_console import FAMILY, console; console.family_table(FAMILY)",
         PYTHONIOENCODING="ascii",
     )
     assert done.returncode == 0 and "1.25x" in done.stdout, done.stderr

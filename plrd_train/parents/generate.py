@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from plrd_train.data.documents import encode
 from plrd_train.errors import UserError
-from plrd_train.evaluate.published import Published
+from plrd_train.parents.published import Published
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import plrd_train  # noqa: F401, members load after it
 from plrd_train.errors import UserError
-from plrd_train.evaluate.generate import generate
-from plrd_train.evaluate.published import find_published, open_published
+from plrd_train.parents.generate import generate
+from plrd_train.parents.published import find_published, open_published
 
 CONTEXT = CONFIGS["llama"].max_position_embeddings
 
