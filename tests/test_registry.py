@@ -21,7 +21,6 @@ def run(folder, *arguments):
 
 def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     install(tmp_path / "site")
-    evaluated = ("evaluation=[perplexity,accuracy]", "evaluation.accuracy.first=7")
     settings = {
         "one": ("form=halves", "factorizer=labelled", "factorizer.label=0.25", "objective=halved"),
         "two": (
