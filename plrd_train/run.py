@@ -36,7 +36,7 @@ from plrd_train.publish.card import member_card
 from plrd_train.publish.members import publish
 from plrd_train.recover.checkpoint import Checkpoints, Snapshot
 from plrd_train.recover.guard import Guard
-from plrd_train.recover.loop import Recovered, optimizer_of
+from plrd_train.recover.loop import Recovered
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.progress import Counters, Progress, UnderWay
 from plrd_train.report.page import write_report
@@ -172,7 +172,7 @@ class Run:
         published = progress.entry is None or self.family.has(progress.entry.name)
         if progress.under_way is not None:
             architecture = self.architecture(progress.under_way.ranks)
-            self._branch_of = self.checkpoints.load_stage(progress, architecture, optimizer_of(self.config.recover))
+            self._branch_of = self.checkpoints.load_stage(progress, architecture, self.config.optimizer.settings)
         else:
             self.checkpoints.load(progress, self.architecture(progress.ranks), member=not published)
         if progress.position is not None:

@@ -20,7 +20,6 @@ from plrd_train.parents.settings import Scratch
 from plrd_train.publish.members import publish
 from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.guard import Guard, Judged
-from plrd_train.recover.loop import optimizer_of
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.progress import Progress, UnderWay
 from plrd_train.runtime.stop import StopRequest
@@ -89,7 +88,7 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
         progress = Progress()
         engine.load(architecture, RandomWeights(model_config, config.seed))
     else:
-        trunk = checkpoints.load_stage(progress, architecture, optimizer_of(config.recover))
+        trunk = checkpoints.load_stage(progress, architecture, config.optimizer.settings)
         assert progress.position is not None and progress.under_way is not None
         judged = progress.under_way.judged
         loader.seek(progress.position)

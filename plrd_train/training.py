@@ -101,6 +101,7 @@ def train(
             loader,
             config.objective.settings,
             config.schedule.settings,
+            config.optimizer.settings,
             config.recover,
             seq_len,
             config.seed,

@@ -15,6 +15,7 @@ from test_registry import run
 from tiny_parents import VOCABULARY
 
 from plrd_train.family import Family, Member, ParentRecord, Scores
+from plrd_train.structure import Parameter
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 STEPS, PEAK = 20, 4e-3
@@ -47,6 +48,7 @@ def family(site, command, tmp_path_factory):
     chosen = (
         *("form=unit", "factorizer=rms", "factorizer.calibration_tokens=64", "ranks=even"),
         *("objective=smooth", "objective.smoothing=1.0", "schedule=rsqrt", "schedule.warmup_steps=4"),
+        *("optimizer=adam", "optimizer.weight_decay=0.01"),
         *("engine=telling", "engine.dtype=fp32", "engine.prefix=holds"),
         *("evaluation=[perplexity,accuracy]", "evaluation.accuracy.documents=7"),
     )
@@ -122,6 +124,22 @@ def test_the_method_is_best_in_its_norm(module):
     error = torch.linalg.norm((weight - cut.up @ cut.down) * squares.sqrt())
     values = torch.linalg.svdvals(weight * squares.sqrt())
     torch.testing.assert_close(error, values[3:].norm(), rtol=1e-3, atol=0)
+
+
+def test_the_optimizer_steps_by_the_rate_at_first_and_leaves_refused_steps_out(module):
+    optimizer = module("recover.optimizers.adam").Optimizer(betas=(0.9, 0.95), weight_decay=0.0)
+    matrix = Parameter("w", (2, 3), "", "")
+    weight = torch.nn.Parameter(torch.randn(2, 3))
+    opened = optimizer.open([{"params": [weight], **optimizer.group(matrix).options}], None)
+    opened.param_groups[0]["lr"] = 0.1
+    before, weight.grad = weight.detach().clone(), torch.randn(2, 3)
+    opened.found_inf = torch.tensor(1.0)
+    opened.step()
+    assert torch.equal(weight, before)
+    opened.found_inf = torch.tensor(0.0)
+    opened.step()  # both moments are those of this gradient, corrected for their beginning
+    torch.testing.assert_close(weight.detach(), before - 0.1 * weight.grad.sign(), rtol=0, atol=1e-4)
+    assert set(opened.state[weight]) - {"step"} == set(optimizer.group(matrix).state)
 
 
 def test_the_package_of_the_page_has_its_entry_point():

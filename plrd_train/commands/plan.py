@@ -198,7 +198,7 @@ def _shown(plan: Plan) -> list[Phase]:
 
 
 def _row(phase: Phase, unit: float) -> Sequence[str]:
-    from plrd_train.plan.structure import total
+    from plrd_train.structure import total
 
     sizes = [phase.device.get(part, 0.0) for part in PARTS] + [total(phase.device), total(phase.host)]
     return phase.stage, phase.name, *(f"{size / unit:.2f}" if size else ABSENT for size in sizes)

@@ -1,9 +1,7 @@
-"""A causal LM of transformers taken block by block, one of them in memory at a time, with what calibration text gives
-it.
+"""A walk through a causal LM: one block in memory at a time, with the inputs that it receives on calibration text.
 
-Methods that factor a Linear on the inputs which the Linears before it give once they are factored walk so, over the
-ranks of an engine as well as on one CPU that reads a checkpoint: each rank holds the whole block in turn, and its own
-part of the text.
+Sequential methods walk so, over the ranks of an engine as well as on one CPU that reads a checkpoint. Each rank holds
+the whole block, and its own part of the text.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,12 +14,12 @@ from torch import Tensor, nn
 from plrd_train.compress.contracts import Architecture, Block, Call, Shards
 from plrd_train.compress.rounds import everywhere
 
-# The whole float32 parameter of that name and shape, on every rank alike.
+# (name, shape) -> the whole float32 parameter, the same on every rank.
 Read = Callable[[str, torch.Size], Tensor]
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a model, by name, in its order: the modules of that list which holds the most
+    """The repeated blocks of a model, by name, in order: the modules of the ModuleList that holds the most
     parameters."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     largest = max(
@@ -32,11 +30,10 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def walk(architecture: Architecture, read: Read, batches: Sequence[Tensor], device: torch.device) -> Iterator[Block]:
-    """Yield the blocks in order. What the caller makes of a block's Linears is what the blocks behind it are given the
-    outputs of.
+    """Yield the blocks in order. Later blocks receive the outputs of the block as the caller modified it.
 
-    `batches` are this rank's own, each (n, length) token ids, maybe none. In memory are the embeddings at first, then
-    one block, and the hidden states of all batches, in float32. A collective where `read` is one.
+    `batches` are those of this rank, each (n, length) token ids; a rank may have none. The embeddings are in memory at
+    first, then one block, and always the hidden states of all batches, in float32. A collective where `read` is one.
     """
     with torch.device("meta"):
         model = architecture.build()
@@ -57,7 +54,7 @@ def walk(architecture: Architecture, read: Read, batches: Sequence[Tensor], devi
 
 
 def gathered(engine: Shards) -> Read:
-    """The parameters that an engine holds. The Read that is returned is a collective."""
+    """A `Read` of the parameters in an engine; it is a collective."""
 
     def read(name: str, shape: torch.Size) -> Tensor:
         return everywhere(engine, engine.gather(name, 0)(), shape, owner=0)
@@ -67,7 +64,7 @@ def gathered(engine: Shards) -> Read:
 
 @dataclass
 class Alone:
-    """`Shards` of one process without an engine: parameters are read when they are needed, and a shard is the whole."""
+    """`Shards` of one process without an engine: a parameter is read when it is needed, and a shard is the whole."""
 
     read: Callable[[str], Tensor]  # of any floating dtype
     device: torch.device
@@ -88,8 +85,8 @@ class Alone:
 def _parameters(
     module: nn.Module, prefix: str, leave: Collection[nn.Module] = ()
 ) -> Iterator[tuple[nn.Module, str, nn.Parameter, str]]:
-    """(module, the parameter's name in it, the parameter, its name in the model) of each parameter, but for those of
-    the modules in `leave`."""
+    """(module, name of the parameter in it, the parameter, its name in the model) of each parameter of `module`,
+    without those of the modules in `leave`. `prefix` is the name of `module` in the model."""
     left = {inside for other in leave for inside in other.modules()}
     for path, inside in module.named_modules(prefix=prefix):
         for name, parameter in list(inside._parameters.items()) if inside not in left else ():
@@ -110,9 +107,9 @@ def _first_inputs(
     batches: Sequence[Tensor],
     device: torch.device,
 ) -> tuple[list[Tensor], list[list[Call]]]:
-    """The hidden states that the first block is given of each batch, and the calls of each block. Blocks that return
-    nothing of their own are in their place: each returns its hidden states in a tuple of `outputs`, as the model around
-    it expects."""
+    """The hidden states that the first block receives for each batch, and the calls of each block. The model runs once
+    with blocks that record their arguments and return their hidden states, in a tuple of the length in `outputs`, as
+    the model around them expects."""
     backbone = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is backbone)
     _fill(_parameters(backbone, prefix, leave=blocks.values()), read, device)
@@ -133,7 +130,7 @@ def _first_inputs(
     for batch in batches:
         backbone(input_ids=batch.to(device), use_cache=False)
     for module in blocks.values():
-        del module.forward  # that of its class is behind it
+        del module.forward  # uncovers the forward of its class
     for inside, name, parameter, _ in _parameters(backbone, prefix, leave=blocks.values()):
         inside._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     return hidden, calls

@@ -73,12 +73,12 @@ def collect(
 
 
 def distinct_inputs(model: nn.Module, linears: Collection[str], run: Callable[[], object]) -> list[tuple[str, ...]]:
-    """The `linears` that `model` calls while `run` runs it, in the order of the calls. Those of one tuple are given the
-    same tensor."""
+    """The `linears` that `model` calls while `run` runs it, in the order of the calls. Linears that receive the same
+    tensor share a tuple."""
     calls: dict[str, tuple[Any, ...]] = {}
 
     def note(name: str, x: Tensor) -> None:
-        # The weak reference keeps no memory alive, yet differs from that of any memory that comes after.
+        # A weak reference keeps no memory alive, and never equals a reference to memory that is allocated later.
         place = StorageWeakRef(x.untyped_storage()), x._version, x.storage_offset(), x.shape, x.stride()
         calls[name] = (*calls.get(name, ()), place)
 
@@ -94,8 +94,8 @@ def distinct_inputs(model: nn.Module, linears: Collection[str], run: Callable[[]
 def hooked(
     model: nn.Module, linears: Collection[str], hook: Callable[[str], Callable[..., Any]], after: bool = False
 ) -> Iterator[None]:
-    """Inside, these Linears call their hooks before (or after) they run, those of compiled blocks too, which would
-    leave hooks out."""
+    """In this context these Linears call their hooks before (or after) they run. Compiled blocks, which would skip
+    hooks, run eagerly."""
     with ExitStack() as stack:
         for name in linears:
             module = model.get_submodule(name)
@@ -156,7 +156,7 @@ def _windows(
 
 @torch.no_grad()
 def _forward(engine: Live, sums: Mapping[str, Sum], batches: Sequence[Tensor]) -> None:
-    """One pass over the text, in which `sums`, by the name of a Linear, grow by its inputs."""
+    """One pass over the text, which adds the inputs of each Linear to the sum of its name."""
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, given: sums[name].add(given[0])
@@ -167,7 +167,8 @@ def _forward(engine: Live, sums: Mapping[str, Sum], batches: Sequence[Tensor]) -
 
 
 def _backward(engine: Live, sums: Mapping[str, Sum], batches: Sequence[Tensor]) -> None:
-    """The same by inputs and gradients, of one sequence at a time. No gradient of a parameter is computed."""
+    """One pass over the text, one sequence at a time, which adds inputs and gradients. It computes no gradient of a
+    parameter."""
     anchor = torch.zeros((), device=engine.device, requires_grad=True)
 
     def hook(name: str) -> Callable[..., Tensor]:
@@ -181,8 +182,8 @@ def _backward(engine: Live, sums: Mapping[str, Sum], batches: Sequence[Tensor]) 
 
 
 class _Tap(torch.autograd.Function):
-    """The output of a Linear, unchanged, whose gradient a sum is told on its way back. Through `anchor`, a scalar,
-    autograd takes that way."""
+    """The identity on the output of a Linear, whose backward pass adds the gradient to a sum. `anchor`, a scalar that
+    requires a gradient, makes autograd run that backward pass."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, to: Sum) -> Tensor:
@@ -199,8 +200,8 @@ class _Tap(torch.autograd.Function):
 def in_step(
     engine: Live, batches: Sequence[Tensor], sums: Mapping[str, Sum] = MappingProxyType({})
 ) -> Iterator[Tensor | None]:
-    """This rank's batches, and then None while others have more: sharded layers are gathered together. The `sums` count
-    only the former."""
+    """This rank's batches, and then None while other ranks have more, since all ranks must run the sharded layers
+    alike. The `sums` do not count what is run for None."""
     for step in range(max(engine.share(len(batches)))):
         for one in sums.values():
             one.counting = step < len(batches)
@@ -208,6 +209,6 @@ def in_step(
 
 
 def logits_of(engine: Live, batch: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The model's logits of a batch (two tokens if there is none), and that batch on the device."""
+    """The logits of a batch (n, length), and the batch on the device; for None those of two tokens."""
     ids = (torch.zeros(1, 2, dtype=torch.long) if batch is None else batch).to(engine.device)
     return engine.model(input_ids=ids, use_cache=False).logits, ids

@@ -1,7 +1,7 @@
-"""The decision how a model is compressed, once: what is looked at, in which order, and what comes of it.
+"""The decision how a model is compressed, made once: which spectra, text and losses are needed, and in which order.
 
 The main job, `plrd factor` and the plan ask the same `Compressor`. They differ in the `Source` that it reads from: a
-live sharded model, or a checkpoint of which one block is in memory at a time.
+live sharded model, or a checkpoint with one block in memory at a time.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -33,11 +33,11 @@ def _silent(title: str, total: int) -> AbstractContextManager[Callable[[], objec
 
 @dataclass(frozen=True)
 class Needs:
-    """What compression by a method and an allocation looks at before it factors, in this order.
+    """What a method and an allocation need before the factors can be made, in this order.
 
-    spectra: all Linears are decomposed first, since the ranks depend on it. statistics: the kind that is collected for
-    that, or for the factors of a method that takes each Linear by itself. losses: each Linear alone is measured.
-    in_order: the method walks through the blocks.
+    spectra: the ranks depend on the singular values, so that all Linears are decomposed first. statistic: the name of
+    the statistic that is collected of every Linear, for the spectra or for a method that is not sequential. losses: the
+    loss is measured with each Linear alone factored. in_order: the method is sequential.
     """
 
     spectra: bool
@@ -47,21 +47,21 @@ class Needs:
 
     @property
     def text(self) -> bool:
-        """Whether calibration text is read at all."""
+        """Whether calibration text is read."""
         return self.statistic is not None or self.losses or self.in_order
 
     @property
     def whole_model(self) -> bool:
-        """Whether the model must run as a whole, and not block by block."""
+        """Whether the whole model must be in memory and run, and not one block at a time."""
         return self.losses or (self.statistic is not None and STATISTICS.get(self.statistic).USES_GRADIENTS)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is compressed. `engine` holds the weights, and runs them where it is `Live`; `architecture` is theirs, in
-    float32; `text` gives this rank's part of so many tokens of calibration text, in batches (n, length). What is
-    finished outlives a crash in `kept`. `progress` (title, total) is entered for a long phase, and gives what is called
-    for each of `total` Linears."""
+    """The model that is compressed. `engine` holds its weights, and runs it where it is `Live`; `architecture` is its
+    structure, in float32. `text(tokens)` is this rank's part of that much calibration text, in batches (n, length) of
+    token ids. Factors outlive a crash in `cache`. `progress(title, total)` is entered for a long phase; the function
+    that it gives is called once for each of `total` Linears."""
 
     engine: Shards
     architecture: Architecture
@@ -72,8 +72,8 @@ class Source:
     def statistics(
         self, method: Any, shapes: Mapping[str, Shape], names: Collection[str]
     ) -> Iterator[tuple[Collection[str], Mapping[str, Tensor]]]:
-        """The Linears `names` in the parts in which they are decomposed, and what the method needs to know of those of
-        a part that this rank owns. A collective."""
+        """The Linears `names` in the parts in which they are decomposed, each part with the statistics of the Linears
+        that this rank owns. Each step of the iteration is a collective."""
         if method.statistic is None:
             yield names, NONE
         elif hasattr(self.engine, "model"):
@@ -86,13 +86,13 @@ class Source:
             )
 
     def blocks(self, method: Any) -> Iterator[Block]:
-        """The blocks of the model in order, with what the calibration text gives each."""
+        """The blocks of the model in order, with the inputs that they receive on the calibration text."""
         return walk(self.architecture, gathered(self.engine), self.text(method.calibration_tokens), self.engine.device)
 
 
 @dataclass
 class Allocated:
-    """The ranks of each model that is asked for, and the decompositions that they were found by."""
+    """The ranks of each wanted model, and the decompositions by which they were chosen."""
 
     ranks: list[Ranks]
     spectra: Spectra | None = None
@@ -106,18 +106,18 @@ class Compressor:
     allocation: Allocation
 
     def needs(self, by_ratio: bool = True) -> Needs:
-        """What is looked at; `by_ratio`: the ranks are not given but follow from a ratio."""
+        """What is needed. `by_ratio`: a ratio is given, and the ranks follow from it; else the ranks are given."""
         spectra, in_order = by_ratio and self.allocation.spectra, self.method.sequential
         statistic = self.method.statistic if spectra or not in_order else None
         return Needs(spectra, statistic, by_ratio and self.allocation.losses, in_order)
 
     def even(self, shapes: Mapping[str, Shape], ratio: float) -> Ranks:
-        """The ranks of `uniform`, which are known before any weight is: other allocations share out the same sum.
-        Raises AllocationError."""
+        """The ranks by `uniform`, which are known before any weight is read. Other allocations share out the same
+        budget. Raises AllocationError."""
         return self._some(Uniform(self.allocation.multiple).ranks(shapes, ratio), ratio)
 
     def allocate(self, source: Source, shapes: Mapping[str, Shape], wanted: Sequence[float | Ranks]) -> Allocated:
-        """The ranks of each model that is `wanted`, of that ratio or with these ranks. A collective. Raises
+        """The ranks of each model in `wanted`, which is given by its ratio or by its ranks. A collective. Raises
         AllocationError and DecompositionError, on every rank alike."""
         needs = self.needs(by_ratio=any(isinstance(one, float) for one in wanted))
         spectra = self._spectra(source, shapes) if needs.spectra else None
@@ -132,11 +132,11 @@ class Compressor:
     def factors(
         self, source: Source, shapes: Mapping[str, Shape], allocated: Allocated
     ) -> Iterator[tuple[int, Decomposed]]:
-        """The factors of those Linears whose rank changes, as shards, each with the place of its model in `allocated`:
-        model by model where the method goes in order, else Linear by Linear. The spectra of `allocated` are used up. A
-        collective at each step. Raises DecompositionError, on every rank alike."""
+        """The factors of those Linears whose rank changes, as shards, each with the index of its model in `allocated`.
+        They come model by model where the method is sequential, else Linear by Linear. The spectra of `allocated` are
+        released. Each step of the iteration is a collective. Raises DecompositionError, on every rank alike."""
         todo, spectra = [changes(shapes, ranks) for ranks in allocated.ranks], allocated.spectra
-        allocated.spectra = None  # it holds all that was decomposed, and its memory is needed
+        allocated.spectra = None  # to release the memory of all decompositions
         if self.method.sequential:
             del spectra
             method = cast(SequentialMethod, self.method)
@@ -152,8 +152,8 @@ class Compressor:
     def _decomposed(
         self, source: Source, shapes: Mapping[str, Shape], todo: Sequence[Ranks]
     ) -> Iterator[tuple[int, Decomposed]]:
-        """Each Linear is decomposed once and cut for every model. For several models, the Linears of one part are kept
-        decomposed meanwhile."""
+        """Each Linear is decomposed once and cut for every model. For several models, the decompositions of one part
+        are in memory together."""
         names = [name for name in shapes if any(name in ranks for ranks in todo)]
         for part, statistics in source.statistics(self.method, shapes, names):
             if len(todo) == 1:
@@ -168,7 +168,7 @@ class Compressor:
                 yield from _cut(spectra, todo, few)
 
     def _spectra(self, source: Source, shapes: Mapping[str, Shape]) -> Spectra:
-        """All Linears decomposed, by the statistics of the model as it stands."""
+        """All Linears decomposed, by the statistics of the model before any of them is factored."""
         spectra = Spectra(source.engine, shapes, self.method, source.cache)
         with source.progress("decompose", len(shapes)) as step:
             for part, statistics in source.statistics(self.method, shapes, shapes):

@@ -1,4 +1,4 @@
-"""The low-rank Linear: two thin matrices where one stood."""
+"""The low-rank Linear: two thin matrices in place of one."""
 
 import torch
 from torch import Tensor, nn

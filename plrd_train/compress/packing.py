@@ -1,4 +1,4 @@
-"""The pairs of a live sharded model as their form stores them: each is packed by its owner, round by round."""
+"""The pairs of factors of a live sharded model, packed as a form stores them, each by its owner."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from plrd_train.compress.rounds import decompose
 
 
 def packed(engine: Live, form: str) -> Iterator[Decomposed]:
-    """The shards of each pair of the model in `engine`, packed by `form`; the model is left as it is. A collective at
-    each step. Raises DecompositionError, on every rank alike, where a pair cannot be packed."""
+    """Each pair of the model in `engine`, packed by `form`, as shards; the model is left unchanged. Each step of the
+    iteration is a collective. Raises DecompositionError, on every rank alike, where a pair cannot be packed."""
     pairs = {name: module for name, module in engine.model.named_modules() if isinstance(module, LowRankLinear)}
     shapes = {name: Shape.of(pair) for name, pair in pairs.items()}
     yield from decompose(engine, shapes, {name: pair.rank for name, pair in pairs.items()}, Packer(form))
@@ -24,7 +24,7 @@ def packed(engine: Live, form: str) -> Iterator[Decomposed]:
 
 @dataclass(frozen=True)
 class Packer:
-    """A form as a method that keeps the rank and the product."""
+    """The packing of a form as a method, which changes neither the rank nor the product."""
 
     sequential: ClassVar[bool] = False
     statistic: ClassVar[str | None] = None

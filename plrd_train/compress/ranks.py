@@ -1,4 +1,4 @@
-"""Linears by their shape, and what their ranks come to: parameters, and the ratio of a model."""
+"""The shape of a Linear, and the parameters and the ratio that ranks come to."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from plrd_train.compress.linear import LowRankLinear
 
 @dataclass(frozen=True)
 class Shape:
-    """The weight of one eligible Linear: `out_features` x `in_features`, and its rank where it is low-rank already
-    (None: dense). `form` (`plrd_train.compress.forms`) is what a rank is counted by."""
+    """The size of one eligible Linear: `out_features` x `in_features`, and its rank where it is low-rank (None: dense).
+    `form` (`plrd_train.compress.forms`) says how many parameters a rank costs."""
 
     out_features: int
     in_features: int
@@ -31,7 +31,7 @@ class Shape:
         return self.out_features * self.in_features
 
     def params(self, rank: int | None) -> int:
-        """Parameters of what stands in its place at `rank` (None: dense)."""
+        """Parameters of the Linear at `rank` (None: dense)."""
         return (
             self.dense_params
             if rank is None
@@ -39,20 +39,21 @@ class Shape:
         )
 
     def pair_params(self, rank: int | None) -> int:
-        """Numbers of the pair of factors that it is trained as at `rank` (None: dense)."""
+        """Entries of the pair of factors as which it is trained at `rank` (None: of the dense weight)."""
         return self.dense_params if rank is None else rank * (self.out_features + self.in_features)
 
     def most_rank(self, params: float) -> int:
-        """The largest rank that takes at most so many parameters; 0: none."""
+        """The largest rank that takes at most `params` parameters; 0: none."""
         rank: int = forms.get(self.form).most_rank(self.out_features, self.in_features, params)
         return rank
 
     def shrinks(self, rank: int) -> bool:
+        """Whether that rank takes fewer parameters than the dense weight."""
         return self.params(rank) < self.dense_params
 
 
 def ratio_of(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> float:
-    """Parameters of all eligible Linears when dense over those of what stands in their place at `ranks`, those left
-    dense included; 1.0 for none."""
+    """The dense parameters of all eligible Linears over their parameters at `ranks`. A Linear that is not in `ranks` is
+    dense. 1.0 where there are no Linears."""
     dense = sum(shape.dense_params for shape in shapes.values())
     return dense / sum(shape.params(ranks.get(name)) for name, shape in shapes.items()) if dense else 1.0

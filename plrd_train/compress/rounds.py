@@ -1,9 +1,9 @@
-"""The distributed decomposition: each weight is gathered to the one rank that owns it, factored there, and its factors
-go back as shards.
+"""The distributed decomposition: each weight is gathered to the one rank that owns it and factored there, and its
+factors are scattered as shards.
 
-Owner-computes, in rounds: weights sorted by cost are dealt one a rank a round, so that the ranks of a round work on
-weights of about the same cost, and every rank runs the same collectives in the same order. The weights of the next
-round are gathered while those of the present one are factored, so that a rank holds two whole Linears, and never more.
+The owner computes, in rounds. The weights are sorted by cost and dealt out, one for each rank and round, so that the
+ranks work on weights of about the same cost, and run the same collectives in the same order. The weights of the next
+round are gathered while those of the present round are factored, so that a rank holds two whole Linears at most.
 """
 
 import time
@@ -24,12 +24,12 @@ from plrd_train.compress.ranks import Shape
 from plrd_train.compress.weight import Weight
 
 NONE: Mapping[str, Tensor] = MappingProxyType({})
-# What a weight that cannot be factored, and a folder in which factors cannot be kept, raise.
+# Raised by a weight that cannot be factored, and by a cache that cannot be written.
 _FAILURES = (ValueError, OSError, torch.linalg.LinAlgError)
 
 
 def everywhere(engine: Shards, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor:
-    """The float32 `tensor` that the owner holds, on every rank. A collective."""
+    """The float32 `tensor` of that shape, which rank `owner` holds, on every rank. A collective."""
     whole = torch.empty(shape, device=engine.device) if tensor is None else tensor.contiguous()
     if engine.world_size > 1:
         dist.broadcast(whole, src=owner)
@@ -37,8 +37,8 @@ def everywhere(engine: Shards, tensor: Tensor | None, shape: tuple[int, ...], ow
 
 
 def agreed(engine: Shards, work: Callable[[], Any]) -> list[Any]:
-    """What `work` gives on every rank, in rank order. A collective; raises DecompositionError, on every rank alike,
-    where it fails on one."""
+    """The results of `work` on every rank, in rank order. A collective. Raises DecompositionError, on every rank alike,
+    where it fails on one of them."""
     try:
         value, failure = work(), None
     except _FAILURES as error:
@@ -47,8 +47,8 @@ def agreed(engine: Shards, work: Callable[[], Any]) -> list[Any]:
 
 
 def _settled(engine: Shards, value: Any, failure: str | None) -> list[Any]:
-    """The `value` of every rank, in rank order. A collective; raises DecompositionError, on every rank alike, where one
-    has a `failure`."""
+    """The `value` of every rank, in rank order. A collective. Raises DecompositionError, on every rank alike, where one
+    of them has a `failure`."""
     reports = engine.share((value, failure))
     for _, failed in reports:
         if failed:
@@ -57,26 +57,26 @@ def _settled(engine: Shards, value: Any, failure: str | None) -> list[Any]:
 
 
 def changes(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> dict[str, int]:
-    """Entries of `ranks` that differ from the current rank: what there is to factor."""
+    """The entries of `ranks` that differ from the present rank: the Linears that must be factored."""
     return {name: rank for name, rank in ranks.items() if shapes[name].rank != rank}
 
 
 def rounds(shapes: Mapping[str, Shape], names: Collection[str], world_size: int) -> Iterator[list[str]]:
-    """Deal the Linears `names` into rounds: the i-th name of a round belongs to rank i. Costliest first; within a cost,
-    in the order of `names`."""
+    """Deal the Linears `names` into rounds: the i-th name of a round belongs to rank i. The costliest come first;
+    Linears of equal cost stay in the order of `names`."""
     dealt = sorted(names, key=lambda name: -cost(shapes[name]))
     for start in range(0, len(dealt), world_size):
         yield dealt[start : start + world_size]
 
 
 def owners(shapes: Mapping[str, Shape], names: Collection[str], world_size: int) -> dict[str, int]:
-    """The rank that factors each of the Linears `names`, and needs its statistic."""
+    """The rank that factors each of the Linears `names`; it needs their statistics."""
     return {name: owner for dealt in rounds(shapes, names, world_size) for owner, name in enumerate(dealt)}
 
 
 def cost(shape: Shape) -> float:
-    """What factoring takes, up to a constant: Gram matrix and eigenvectors of the smaller side, and two tall products;
-    of a product the same of its core."""
+    """The multiplications that factoring takes, up to a constant: the Gram matrix and the eigenvectors of the smaller
+    side, and two tall products. For a product of factors, those of its core."""
     small, large = sorted((shape.out_features, shape.in_features))
     if shape.rank is None:
         return small * small * large + 10.0 * small**3
@@ -91,12 +91,13 @@ def decompose(
     statistics: Mapping[str, Tensor] = NONE,
     cache: Cache | None = None,
 ) -> Iterator[Decomposed]:
-    """Factor every Linear named in `ranks` to that rank over the live sharded model, which is left as it is.
+    """Factor every Linear named in `ranks` to that rank, and yield its factors as shards. The sharded model is left
+    unchanged.
 
-    `shapes` says what each Linear is now; `statistics` holds those that the method needs, of the Linears that this rank
-    owns (`owners`); what is in `kept` already is not factored again. Yields the new factors as shards; each step is a
-    collective. Raises DecompositionError, on every rank alike, where a weight holds NaN or Inf, or `kept` cannot be
-    written.
+    `shapes` are the present shapes of the Linears. `statistics` are those of the Linears that this rank owns
+    (`owners`), where the method needs them. Factors that are in `cache` are read, and not computed again. Each step of
+    the iteration is a collective. Raises DecompositionError, on every rank alike, where a weight holds NaN or Inf, or
+    the cache cannot be written.
     """
 
     def work(name: str, parts: list[Tensor]) -> Factors:
@@ -108,8 +109,9 @@ def decompose(
 
 
 class Spectra:
-    """The same in two phases, for ranks that depend on the spectra: `add` decomposes, `cut` factors. What is decomposed
-    stays with its owner, in host memory: a weight of m x n takes about m n + min(m, n)^2 numbers of 4 bytes."""
+    """As `decompose`, in two phases, for ranks that depend on the spectra: `add` decomposes Linears, `cut` factors
+    them. A decomposition stays on its owner, in host memory: that of an m x n weight takes about 4 (m n + min(m, n)^2)
+    bytes."""
 
     def __init__(self, engine: Shards, shapes: Mapping[str, Shape], method: Method, cache: Cache | None = None):
         self.values: dict[str, Tensor] = {}
@@ -124,7 +126,7 @@ class Spectra:
         statistics: Mapping[str, Tensor] = NONE,
         on_done: Callable[[str], object] = lambda name: None,
     ) -> None:
-        """Decompose the Linears `names`; otherwise as `decompose`."""
+        """Decompose the Linears `names`, and call `on_done` for each; otherwise as `decompose`. A collective."""
 
         def work(name: str, parts: list[Tensor]) -> Tensor:
             self._own[name] = weight = Weight(name, parts, statistics.get(name), self._method, self._cache)
@@ -140,8 +142,8 @@ class Spectra:
                 on_done(name)
 
     def whole(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
-        """The factors (out, rank) and (rank, in) of a Linear that was added, at that rank, on every rank; nothing is
-        kept. A collective."""
+        """The factors (out, rank) and (rank, in) of a Linear that was added, whole on every rank; they are not cached.
+        A collective."""
         shape, owner = self._shapes[name], self._owners[name]
         work = {owner: name}
         cut = _in_rounds(
@@ -155,8 +157,8 @@ class Spectra:
         return up, everywhere(self._engine, made.down if made else None, (rank, shape.in_features), owner)
 
     def cut(self, ranks: Mapping[str, int]) -> Iterator[Decomposed]:
-        """Factor every Linear named in `ranks`, each of which was added, to that rank; as `decompose`. It can be called
-        again."""
+        """Factor every Linear named in `ranks`, all of which were added, to that rank; otherwise as `decompose`. It may
+        be called several times."""
 
         def work(name: str, parts: list[Tensor]) -> Factors:
             return self._own[name].cut(ranks[name], self._engine.device)
@@ -171,7 +173,7 @@ class Spectra:
 
 @dataclass(frozen=True)
 class _Report:
-    """What all are to know of the work of one rank."""
+    """The work of one rank in a round, as all ranks know it."""
 
     value: Any
     seconds: float
@@ -181,11 +183,11 @@ def _in_rounds(
     engine: Shards,
     dealt: Sequence[Mapping[int, str]],
     work: Callable[[str, list[Tensor]], Any],
-    told: Callable[[Any], Any],
+    summary: Callable[[Any], Any],
     shapes: Mapping[str, Shape] | None = None,
 ) -> Iterator[tuple[Mapping[int, str], Any, list[_Report]]]:
-    """For each round (owner -> name) do `work` on the owners, on the gathered parts of the Linear where there are
-    `shapes`. Yields the round, this rank's own result, and the reports of all ranks, with what is `told` of their
+    """Do `work` for each round (owner -> name) on the owners. With `shapes`, it is given the gathered parameters of the
+    Linear. Yields the round, the result of this rank, and the reports of all ranks, which hold `summary` of their
     results."""
 
     def gather(names: Mapping[int, str]) -> Callable[[], list[Tensor]]:
@@ -203,14 +205,14 @@ def _in_rounds(
             start = time.perf_counter()
             try:
                 result = work(names[engine.rank], parts)
-                report = _Report(told(result), time.perf_counter() - start)
+                report = _Report(summary(result), time.perf_counter() - start)
             except _FAILURES as error:
                 failure = f"{names[engine.rank]}: {error}"
         del parts
         try:
             reports = _settled(engine, report, failure)
         except DecompositionError:
-            coming()  # what has begun must end before anything else does
+            coming()  # a gather that has begun must end before other collectives
             raise
         yield names, result, reports
 
@@ -233,7 +235,7 @@ def _scattered(
     own: Factors | None,
     reports: list[_Report],
 ) -> Iterator[Decomposed]:
-    """The factors of a round, of which `own` are this rank's, as shards."""
+    """The factors of a round as shards; `own` are the factors that this rank has made."""
     for owner, name in names.items():
         shape, rank, factors = shapes[name], ranks[name], own if owner == engine.rank else None
         up = engine.scatter(factors.up if factors else None, (shape.out_features, rank), owner)

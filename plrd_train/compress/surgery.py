@@ -1,4 +1,4 @@
-"""Which Linears of a model are factored, and their replacement by low-rank ones."""
+"""The Linears of a model that may be factored, and their replacement by low-rank ones."""
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -9,9 +9,9 @@ from plrd_train.compress.linear import LowRankLinear
 
 
 def _embeddings(model: nn.Module) -> set[int]:
-    """The ids of the input and output embeddings, which stay whole however they are built."""
-    kept = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    return {id(module) for get in kept if get is not None and (module := get()) is not None}
+    """The ids of the input and output embeddings, which are never factored."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    return {id(module) for get in getters if get is not None and (module := get()) is not None}
 
 
 def eligible_linears(
@@ -22,11 +22,11 @@ def eligible_linears(
     `include` and `exclude` are regular expressions matched against the whole module name; a name that matches both is
     left out. The embeddings, the output projection (lm_head) and the Linears named in `fixed` are never eligible.
     """
-    kept = _embeddings(model)
+    embeddings = _embeddings(model)
     chosen, refused = (re.compile("|".join(f"(?:{p})" for p in patterns) or r"(?!)") for patterns in (include, exclude))
     inside: list[str] = []  # the two factors of a LowRankLinear are Linears themselves, but not eligible on their own
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, LowRankLinear)) or id(module) in kept:
+        if not isinstance(module, (nn.Linear, LowRankLinear)) or id(module) in embeddings:
             continue
         if any(name.startswith(prefix) for prefix in inside):
             continue
@@ -37,10 +37,10 @@ def eligible_linears(
 
 
 def replace_linears(model: nn.Module, ranks: Mapping[str, int], make: Callable[..., nn.Module] = LowRankLinear) -> None:
-    """Put an uninitialised `make`(in_features, out_features, rank, bias) of rank `ranks[name]` in the place of each
-    named Linear, on that Linear's device and in its dtype.
+    """Replace each Linear named in `ranks` by an uninitialised `make(in_features, out_features, rank, bias)`, on the
+    Linear's device and in its dtype.
 
-    Raises KeyError where `ranks` names something that is no Linear of `model`.
+    Raises KeyError where a name is that of no Linear of `model`.
     """
     for name, rank in ranks.items():
         parent_name, _, leaf = name.rpartition(".")

@@ -26,6 +26,7 @@ from plrd_train.evaluate import ALWAYS, EVALUATORS
 from plrd_train.evaluate._settings import Evaluation
 from plrd_train.parents.settings import Parent
 from plrd_train.recover.objectives import OBJECTIVES
+from plrd_train.recover.optimizers import OPTIMIZERS
 from plrd_train.recover.schedules import SCHEDULES
 from plrd_train.recover.settings import Checkpoint, Recover
 from plrd_train.registry import Registry
@@ -67,6 +68,7 @@ class Config:
     ranks: Chosen
     recover: Recover
     schedule: Chosen
+    optimizer: Chosen
     checkpoint: Checkpoint
     objective: Chosen
     engine: Chosen
@@ -90,6 +92,7 @@ _PLUGINS: dict[str, Registry] = {
     "factorizer": METHODS,
     "ranks": ALLOCATIONS,
     "schedule": SCHEDULES,
+    "optimizer": OPTIMIZERS,
     "objective": OBJECTIVES,
     "engine": ENGINES,
 }
@@ -195,6 +198,11 @@ def _check_together(config: Config) -> None:
     if config.parent.attention == "flash_attention_2" and config.engine.settings.dtype == "fp32":
         raise UserError(
             "parent.attention: flash_attention_2 does not compute in float32; choose engine.dtype=bf16, or sdpa"
+        )
+    if config.optimizer.settings.whole_matrices and not ENGINES.get(config.engine.name).WHOLE_MATRICES:
+        raise UserError(
+            f"optimizer: {config.optimizer.name} works on whole matrices, and engine={config.engine.name} on slices of "
+            "them; choose engine=fsdp, or optimizer=adamw"
         )
     if config.recover.global_batch_tokens < config.data.seq_len:
         raise UserError(

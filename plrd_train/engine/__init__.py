@@ -4,10 +4,10 @@ One file an engine, named as `engine=NAME`; adding a file (and its YAML in conf/
 underscore marks a part of engines. Nothing outside this package knows which one runs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from plrd_train.compress.contracts import Decomposed, Shards
 from plrd_train.errors import UserError
 from plrd_train.registry import Registry
 from plrd_train.runtime.world import World
+from plrd_train.structure import Parameter
 
 
 class Architecture(Protocol):
@@ -42,18 +43,44 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """Settings of the optimizer (Loshchilov and Hutter 2019); weight decay acts on matrices only."""
+class Group:
+    """How an optimizer treats a parameter: `options` are those of its torch parameter group, and `state` names the
+    tensors that it keeps beside the parameter: float32, in the parameter's shape, zero before the first step."""
 
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+    options: dict[str, Any]
+    state: tuple[str, ...]
 
 
-# What AdamW keeps beside each parameter, in its shape; and such a state: the name of a moment -> parameter -> a rank's
-# shard.
-MOMENTS = ("exp_avg", "exp_avg_sq")
-Moments = Mapping[str, Mapping[str, Tensor]]
+# on_whole(parameters, shard_of, compute): for each parameter, a matrix, put together the whole tensor of which
+# `shard_of(parameter)` is this rank's shard, on one of the ranks; apply `compute`, which keeps the shape, there; and
+# yield the parameter with this rank's shard of the result. A collective; the parameters come in an order of its own.
+OnWhole = Callable[
+    [Sequence[Tensor], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], Iterator[tuple[Tensor, Tensor]]
+]
+
+
+class Optimizer(Protocol):
+    """What an engine asks of an optimizer."""
+
+    whole_matrices: ClassVar[bool]
+    """Whether its update of a matrix depends on the whole of it, and not on each element alone."""
+
+    def group(self, parameter: Parameter) -> Group:
+        """The group of a parameter. Parameters of equal groups are treated alike."""
+        ...
+
+    def open(self, groups: list[dict[str, Any]], on_whole: OnWhole | None) -> torch.optim.Optimizer:
+        """The optimizer of these torch groups ("params" and the options of a Group); `on_whole` only where
+        `whole_matrices`.
+
+        The engine sets "lr" of each group, and the attribute `found_inf`, a float32 scalar on the device, before each
+        `step`. Where that is 1, `step` must leave parameters and state as they are.
+        """
+        ...
+
+
+# What an optimizer keeps: the name of a state -> parameter -> a rank's shard.
+State = Mapping[str, Mapping[str, Tensor]]
 
 
 class Engine(Shards, Protocol):
@@ -76,8 +103,8 @@ class Engine(Shards, Protocol):
         optimizer ends."""
         ...
 
-    def start(self, optimizer: AdamW, steps: int = 0, moments: Moments | None = None) -> None:
-        """Begin to train with a fresh optimizer, or with one that has made `steps` steps and stands at `moments`."""
+    def start(self, optimizer: Optimizer, steps: int = 0, state: State | None = None) -> None:
+        """Begin to train with a fresh optimizer, or with one that has made `steps` steps and holds `state`."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -110,17 +137,19 @@ class Engine(Shards, Protocol):
         float32, on the CPU."""
         ...
 
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        """A copy, in host memory, of the optimizer's state: MOMENTS -> parameter -> this rank's shard; all zero before
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """A copy, in host memory, of what the optimizer keeps: name -> parameter -> this rank's shard; all zero before
         the first step. Not a collective."""
         ...
 
     def sharded(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same memory as DTensors on the CPU, which say what part of the whole each shard is, without padding: of
-        all parameters of the model, or of something of their shape, in host memory. Not a collective."""
+        """The same memory as DTensors on the CPU, which say what part of the whole each shard is, without padding:
+        `shards`, in host memory, are of parameters of the model, or of what has their names and shapes. Not a
+        collective."""
         ...
 
 
+# Beside `Options` and `open_engine`, an engine's file says whether it has `on_whole`, as WHOLE_MATRICES.
 ENGINES = Registry("engine", "engine", settings="Options")
 
 
@@ -143,6 +172,17 @@ def rounded(engine: Engine, dtype: torch.dtype, packed: Iterable[Decomposed] = (
         yield
     finally:
         engine.restore(exact)
+
+
+def grouped(groups: Mapping[str, Group]) -> list[tuple[Group, list[str]]]:
+    """The distinct `groups`, each with the names of its parameters, in the order in which they first occur."""
+    found: list[tuple[Group, list[str]]] = []
+    for name, group in groups.items():
+        members = next((members for other, members in found if other == group), None)
+        if members is None:
+            found.append((group, members := []))
+        members.append(name)
+    return found
 
 
 def check_shape(weights: Weights, name: str, shape: tuple[int, ...]) -> None:

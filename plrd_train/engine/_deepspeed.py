@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from plrd_train.engine import Architecture
+from plrd_train.engine import Architecture, Optimizer
 from plrd_train.errors import UserError
 from plrd_train.runtime.world import World
 
@@ -112,16 +112,49 @@ def forget(parameters: Iterable[Any]) -> None:
             parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
 
 
-def make_states(optimizer: Any, inner: torch.optim.AdamW, steps: int, moments: tuple[str, ...]) -> None:
-    """Give `inner`, the AdamW below the ZeRO-3 `optimizer`, the states that it has after `steps` steps, with `moments`
-    of zero."""
+class Started(torch.optim.Optimizer):
+    """The optimizer that DeepSpeed holds from the building of a model on: it steps as the one does that was started
+    last. DeepSpeed puts the slices into the groups, one buffer at a time, and looks for states in `state`."""
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        super().__init__(groups, {"lr": 0.0})
+        self._inner: torch.optim.Optimizer | None = None
+        self.found_inf: torch.Tensor | None = None
+
+    def start(self, optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
+        """Begin anew with `optimizer`; `options` are those of each group."""
+        placeholder = [nn.Parameter(torch.zeros(1, device=self.device())) for _ in options]
+        self._inner = inner = optimizer.open(
+            [{"params": [p], **o} for p, o in zip(placeholder, options, strict=True)], None
+        )
+        for group in inner.param_groups:
+            group["params"] = []
+        inner.state.clear()
+        self.param_groups, self.state = inner.param_groups, inner.state
+
+    @staticmethod
+    def device() -> str:
+        from deepspeed.accelerator import get_accelerator
+
+        return get_accelerator().current_device_name()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert self._inner is not None, "step() before start()"
+        self._inner.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self._inner.step()
+
+
+def make_states(optimizer: Any, steps: int, states: Sequence[tuple[str, ...]]) -> None:
+    """Give the optimizer below the ZeRO-3 `optimizer` the states of zero that it has after `steps` steps, by their
+    names in each group."""
+    inner = optimizer.optimizer
     for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         swapped = optimizer._swappable_optimizer_subgroup(i)  # on NVMe
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(i)
         inner.state[flat] = {
             "step": torch.tensor(float(steps), device=flat.device),
-            **{moment: torch.zeros_like(flat) for moment in moments},
+            **{part: torch.zeros_like(flat) for part in states[optimizer.sub_group_to_group_id[i]]},
         }
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(i)

@@ -2,7 +2,7 @@
 HSDP."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -15,8 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from plrd_train.compress.blocks import blocks_of
 from plrd_train.compress.contracts import Decomposed
-from plrd_train.engine import MOMENTS, AdamW, Architecture, Moments, Weights, check_shape, put_factors
+from plrd_train.engine import Architecture, Group, Optimizer, State, Weights, check_shape, grouped, put_factors
 from plrd_train.runtime.world import SharedError, World
+from plrd_train.structure import parameters_of
+
+WHOLE_MATRICES = True
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class FSDP:
         self._mesh = mesh if options.replicas > 1 else mesh["shard"]
         self._host_mesh = mesh if world.device.type == "cpu" else init_device_mesh("cpu", shape)
         self._shard, self._replicate = mesh["shard"], mesh["replicate"]
-        self._optimizer: torch.optim.AdamW | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._groups: dict[str, Group] = {}  # of each parameter
 
     # The structure
 
@@ -132,13 +136,15 @@ class FSDP:
 
     def gather(self, name: str, owner: int) -> Callable[[], Tensor | None]:
         self._reshard()
-        return self._gather(cast(DTensor, self.model.get_parameter(name)), owner)
+        parameter = cast(DTensor, self.model.get_parameter(name))
+        return self._gather(parameter.to_local().detach(), parameter.shape[0], owner)
 
-    def _gather(self, parameter: DTensor, owner: int) -> Callable[[], Tensor | None]:
+    def _gather(self, local: Tensor, rows: int, owner: int) -> Callable[[], Tensor | None]:
+        """Begin to send the shard `local` of a tensor of so many rows; the function that ends it returns the whole
+        tensor on `owner`."""
         if not self._row_of(owner):
             return lambda: None
-        rows = parameter.shape[0]
-        local = self._padded(parameter.to_local().detach(), rows)
+        local = self._padded(local, rows)
         parts = [torch.empty_like(local) for _ in range(self._shard.size())] if owner == self.rank else None
         work = dist.gather(local, parts, dst=owner, group=self._shard.get_group(), async_op=True)
 
@@ -168,22 +174,38 @@ class FSDP:
 
     # Training
 
-    def start(self, optimizer: AdamW, steps: int = 0, moments: Moments | None = None) -> None:
+    def _on_whole(
+        self,
+        parameters: Sequence[Tensor],
+        shard_of: Callable[[Tensor], Tensor],
+        compute: Callable[[Tensor], Tensor],
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `plrd_train.engine.OnWhole`. The largest come first, and are dealt one a rank a round: the ranks compute
+        at the same time, on tensors of about the same size."""
+        order = sorted(parameters, key=lambda parameter: -parameter.numel())
+        for start in range(0, len(order), self.world_size):
+            dealt = list(enumerate(order[start : start + self.world_size]))
+            ends = [self._gather(shard_of(parameter), parameter.shape[0], owner) for owner, parameter in dealt]
+            wholes = [end() for end in ends]
+            results = [compute(whole) if whole is not None else None for whole in wholes]
+            for (owner, parameter), result in zip(dealt, results, strict=True):
+                yield parameter, self.scatter(result, tuple(parameter.shape), owner)
+
+    def start(self, optimizer: Optimizer, steps: int = 0, state: State | None = None) -> None:
         self._reshard()  # else the optimizer would get, and step, the gathered copies that an evaluation left behind
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
+        parameters = dict(self._parameters())
+        self._groups = {parameter.name: optimizer.group(parameter) for parameter in parameters_of(self.model)}
         groups = [
-            {"params": matrices, "weight_decay": optimizer.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": [parameters[name] for name in names], **group.options} for group, names in grouped(self._groups)
         ]
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
-        if moments is None:
+        self._optimizer = optimizer.open(groups, self._on_whole)
+        if state is None:
             return
-        for name, parameter in self._parameters():
-            state = self._optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=self.device)}
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter)
-                cast(DTensor, state[moment]).to_local().copy_(moments[moment][name])
+        for name, parameter in parameters.items():
+            kept = self._optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=self.device)}
+            for part in self._groups[name].state:
+                kept[part] = torch.zeros_like(parameter)
+                cast(DTensor, kept[part]).to_local().copy_(state[part][name])
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -194,8 +216,7 @@ class FSDP:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        # A fused optimizer leaves the step out on the device, as gradient scalers need it: nothing waits for the
-        # verdict here.
+        # The optimizer leaves a refused step out on the device: nothing waits for the verdict here.
         self._optimizer.found_inf = (refuse | ~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -219,26 +240,24 @@ class FSDP:
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         self._reshard()
         for name, parameter in self._parameters():
-            whole = self._gather(parameter, owner=0)()
+            whole = self._gather(parameter.to_local().detach(), parameter.shape[0], owner=0)()
             yield name, whole.cpu() if whole is not None else None
 
     # Checkpoints
 
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        assert self._optimizer is not None, "moments() before start()"
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        assert self._optimizer is not None, "state() before start()"
         self._reshard()
-
-        def shard(parameter: DTensor, moment: str) -> Tensor:
-            state = self._optimizer.state.get(parameter)  # type: ignore[union-attr]
-            return (
-                state[moment].to_local().to("cpu", copy=True)
-                if state
-                else torch.zeros_like(parameter.to_local(), device="cpu")
-            )
-
-        return {
-            moment: {name: shard(parameter, moment) for name, parameter in self._parameters()} for moment in MOMENTS
-        }
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._parameters():
+            kept = self._optimizer.state.get(parameter)
+            for part in self._groups[name].state:
+                found.setdefault(part, {})[name] = (
+                    kept[part].to_local().to("cpu", copy=True)
+                    if kept
+                    else torch.zeros_like(parameter.to_local(), device="cpu")
+                )
+        return found
 
     def sharded(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         placements = [Replicate(), Shard(0)]
@@ -252,4 +271,5 @@ class FSDP:
                 stride=parameter.stride(),
             )
             for name, parameter in self._parameters()
+            if name in shards
         }

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from plrd_train.compress.contracts import Decomposed
-from plrd_train.engine import MOMENTS, AdamW, Architecture, Moments, Weights, _deepspeed, check_shape, put_factors
-from plrd_train.runtime.world import World
+from plrd_train.engine import (
+    Architecture,
+    Group,
+    Optimizer,
+    State,
+    Weights,
+    _deepspeed,
+    check_shape,
+    grouped,
+    put_factors,
+)
+from plrd_train.runtime.world import SharedError, World
+from plrd_train.structure import parameters_of
+
+WHOLE_MATRICES = False  # a slice begins and ends anywhere in a row
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,7 @@ class Zero3:
         self._mesh = init_device_mesh("cpu", (world.size,))
         self._deepspeed: Any = None  # the DeepSpeedEngine; there is one from the first load on
         self._free: Callable[[], object] = lambda: None
+        self._groups: dict[str, Group] = {}  # of each parameter
         kinds = {
             "offload_optimizer": "optimizer",
             "offload_params": {"bf16": "bfloat16params", "fp32": "float32params"}[options.dtype],
@@ -90,6 +104,7 @@ class Zero3:
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,  # `_deepspeed.Started` is none that DeepSpeed knows
             "zero_optimization": {
                 "stage": 3,
                 "offload_optimizer": {
@@ -147,7 +162,7 @@ class Zero3:
             {"params": [p for p in parameters if len(p.ds_shape) <= 1]},
         ]
         self._deepspeed, *_ = deepspeed.initialize(
-            model=self.model, optimizer=torch.optim.AdamW(groups, lr=0.0, fused=True), config=config
+            model=self.model, optimizer=_deepspeed.Started(groups), config=config
         )
         # Another engine may follow this one in the same process.
         self._free = free = weakref.finalize(self, _deepspeed.end, self._deepspeed)
@@ -209,17 +224,27 @@ class Zero3:
 
     # Training
 
-    def start(self, optimizer: AdamW, steps: int = 0, moments: Moments | None = None) -> None:
-        inner = self._deepspeed.basic_optimizer
-        inner.state.clear()
-        for group, decay in zip(inner.param_groups, (optimizer.weight_decay, 0.0), strict=True):
-            group.update(betas=optimizer.betas, eps=optimizer.eps, weight_decay=decay)
-        if moments is None:
+    def start(self, optimizer: Optimizer, steps: int = 0, state: State | None = None) -> None:
+        self._groups = {
+            parameter.name: optimizer.group(parameter)
+            for parameter in parameters_of(self.model, lambda parameter: cast(Any, parameter).ds_shape)
+        }
+        # Slices of matrices lie in one buffer, all others in another (see `build`): each must be one group.
+        is_matrix = {name: len(parameter.ds_shape) > 1 for name, parameter in self._parameters()}
+        kinds = [grouped({n: g for n, g in self._groups.items() if is_matrix[n] == kind}) for kind in (True, False)]
+        if any(len(kind) > 1 for kind in kinds):
+            raise SharedError(
+                "optimizer: engine=zero3 treats all matrices alike, and all vectors; this one does not: choose "
+                "engine=fsdp or optimizer=adamw"
+            )
+        parts = [kind[0][0] for kind in kinds if kind]
+        self._deepspeed.basic_optimizer.start(optimizer, [group.options for group in parts])
+        if state is None:
             return
-        _deepspeed.make_states(self._deepspeed.optimizer, inner, steps, MOMENTS)
+        _deepspeed.make_states(self._deepspeed.optimizer, steps, [group.state for group in parts])
         for name, parameter in self._parameters():
-            for moment in MOMENTS:
-                self._deepspeed.optimizer.set_local_hp_param(moments[moment][name], parameter, moment)
+            for part in self._groups[name].state:
+                self._deepspeed.optimizer.set_local_hp_param(state[part][name], parameter, part)
 
     def backward(self, loss: Tensor) -> None:
         # What DeepSpeedEngine.forward does around the model, which callers call itself.
@@ -231,7 +256,7 @@ class Zero3:
         optimizer = self._deepspeed.optimizer
         optimizer.set_lr(lr)
         optimizer.clip_grad = clip
-        self._deepspeed.basic_optimizer.found_inf = refuse.float()  # a fused optimizer leaves the step out by it
+        self._deepspeed.basic_optimizer.found_inf = refuse.float()
         if self.options.offload_params == "nvme":
             self._publish()  # a step updates a slice that was read ahead in memory alone
         self._deepspeed.step()  # which leaves one whose norm is not finite out by itself
@@ -276,23 +301,23 @@ class Zero3:
 
     # Checkpoints
 
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        optimizer = self._deepspeed.optimizer
-        if not self._deepspeed.basic_optimizer.state:
-            return {
-                moment: {name: torch.zeros(self._chunk(p.ds_shape)) for name, p in self._parameters()}
-                for moment in MOMENTS
-            }
-        return {
-            moment: {
-                name: optimizer.get_local_fp32_param(p, moment).to("cpu", copy=True) for name, p in self._parameters()
-            }
-            for moment in MOMENTS
-        }
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        made = bool(self._deepspeed.basic_optimizer.state)
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._parameters():
+            for part in self._groups[name].state:
+                found.setdefault(part, {})[name] = (
+                    self._deepspeed.optimizer.get_local_fp32_param(parameter, part).to("cpu", copy=True)
+                    if made
+                    else torch.zeros(self._chunk(parameter.ds_shape))
+                )
+        return found
 
     def sharded(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters():
+            if name not in shards:
+                continue
             start, stop = self._slice(parameter.ds_shape)
             size = torch.Size([parameter.ds_numel])
             tensors[name] = DTensor.from_local(

@@ -87,11 +87,16 @@ def _flops_per_token(parent: PreTrainedConfig, model: Planned, seq_len: int) -> 
 def checkpoints(
     config: Config, parent: PreTrainedConfig, models: Sequence[Planned], machine: Machine, published_width: int
 ) -> Checkpoints:
-    """A stage that is under way is saved with both moments, 12 bytes a parameter, and with its trunk where that trains
-    a branch; its end with the model, and with the member where that is not the trunk."""
-    copies = 4 if config.branches() else 3
+    """A stage that is under way is saved with the state of its optimizer (with AdamW 12 bytes a parameter in all), and
+    with its trunk where that trains a branch; its end with the model, and with the member where that is not the
+    trunk."""
+    group, branch = config.optimizer.settings.group, config.branches()
+
+    def saved(model: Planned) -> int:
+        return 4 * sum(p.numel * (1 + branch + len(group(p).state)) for p in model.structure.parameters)
+
     trained = models if models[0].training else models[1:]
-    size = max((4 * copies * model.structure.numel for model in trained), default=0)
+    size = max((saved(model) for model in trained), default=0)
     published = sum(published_width * model.params for model in models[1:])
     seconds = 2 * size / machine.disk
     step_tokens = sequences(config) * config.data.seq_len

@@ -12,7 +12,7 @@ from plrd_train.compress.statistics import STATISTICS
 from plrd_train.config.schema import Config
 from plrd_train.plan.calibration import Text, Walk
 from plrd_train.plan.replay import peak
-from plrd_train.plan.structure import Parts, Structure, add
+from plrd_train.structure import Parts, Structure, add
 
 Held = tuple[str, str, Parts, Parts]  # a phase, when, and what is held on the device and on the host
 

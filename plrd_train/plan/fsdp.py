@@ -1,27 +1,31 @@
 """Memory of `engine=fsdp`, after the source of torch.distributed.fsdp (2.13) and of plrd_train/engine/fsdp.py.
 
-A rank keeps float32 shards of parameters, gradients and both moments: 16 bytes a parameter over the ranks. Blocks are
-gathered one by one in the dtype of the products, and a gather needs its output twice for a moment: as received, and as
-parameters. The embeddings, the last norm and lm_head are one more unit, the root, which stays gathered from the
-beginning of a forward to the end of its backward. In a forward the received copy of a block lives until the next block
-is gathered; in a backward the next block is received while one is computed. Gradients of a block are whole, in the
-dtype of the products, until its backward ends; then they are copied to a float32 buffer, which is reduced and lives
-until the next block is reduced.
+A rank keeps float32 shards of parameters, gradients and the optimizer's state: with AdamW 16 bytes a parameter over the
+ranks. Blocks are gathered one by one in the dtype of the products, and a gather needs its output twice for a moment: as
+received, and as parameters. The embeddings, the last norm and lm_head are one more unit, the root, which stays gathered
+from the beginning of a forward to the end of its backward. In a forward the received copy of a block lives until the
+next block is gathered; in a backward the next block is received while one is computed. Gradients of a block are whole,
+in the dtype of the products, until its backward ends; then they are copied to a float32 buffer, which is reduced and
+lives until the next block is reduced.
 """
 
 from collections.abc import Iterator, Sequence
 
+from plrd_train.engine import Optimizer
 from plrd_train.engine.fsdp import Options
-from plrd_train.plan.structure import Parameter, Parts, Structure, add, largest
 from plrd_train.plan.trace import Event
+from plrd_train.structure import Parameter, Parts, Structure, add, largest
 
 ROOT = ""
+# Float32 copies of a matrix on its owner, where an update needs it whole: as received, whole, and four that compute it.
+COPIES = 6
 
 
 class Memory:
     """`device` is "cpu" or "cuda". The largest share, that of the first rank, is what counts."""
 
-    def __init__(self, options: Options, world_size: int, device: str):
+    def __init__(self, options: Options, optimizer: Optimizer, world_size: int, device: str):
+        self._optimizer = optimizer
         self.width = {"bf16": 2, "fp32": 4}[options.dtype]
         self.shards = world_size // options.replicas
         self.on_cpu = device == "cpu"
@@ -36,7 +40,13 @@ class Memory:
 
     def resident(self, model: Structure, *, optimizer: bool) -> Parts:
         """What stays between steps; `optimizer`: a step has been made since the structure changed."""
-        return {"parameters": 4 * self._kept(model), "optimizer": 8 * self._kept(model) if optimizer else 0.0}
+        return {"parameters": 4 * self._kept(model), "optimizer": 4 * self.state(model) if optimizer else 0.0}
+
+    def state(self, model: Structure) -> int:
+        """Elements of the first rank's shards of what the optimizer keeps."""
+        return sum(
+            len(self._optimizer.group(parameter).state) * self.shard(parameter.shape) for parameter in model.parameters
+        )
 
     def host(self, model: Structure) -> Parts:
         return {}
@@ -51,9 +61,11 @@ class Memory:
         """What the optimizer's step holds beside `resident`: the gradients, and the roots of the second moments, of all
         matrices at once on a GPU (foreach) and one after the other on a CPU."""
         matrices = [self.shard(parameter.shape) for parameter in model.parameters if len(parameter.shape) > 1]
+        owned = max((p.numel for p in model.parameters if p.block and len(p.shape) > 1), default=0)
         return {
             "gradients": 4 * self._kept(model),
-            "optimizer": 4 * (2 * max(matrices) if self.on_cpu else sum(matrices)),
+            "optimizer": 4 * (2 * max(matrices) if self.on_cpu else sum(matrices))
+            + (4 * COPIES * owned if self._optimizer.whole_matrices else 0),
         }
 
     def rebuilt(self, old: Structure, new: Structure, factors: float, *, optimizer: bool) -> tuple[Parts, Parts]:

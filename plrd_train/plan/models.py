@@ -21,8 +21,8 @@ from plrd_train.parents.modeling_plrd import model_ranks
 from plrd_train.parents.models import build_model
 from plrd_train.parents.reach import check_in_order, check_lengths, shapes_of
 from plrd_train.plan.calibration import Text, passes
-from plrd_train.plan.structure import Structure
 from plrd_train.plan.trace import Event, computing_in, trace_evaluation, trace_step
+from plrd_train.structure import Structure
 
 
 @dataclass(frozen=True)

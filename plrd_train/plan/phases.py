@@ -12,11 +12,12 @@ from plrd_train.compress import forms
 from plrd_train.compress.packing import Packer
 from plrd_train.compress.rounds import changes
 from plrd_train.config.schema import Config
+from plrd_train.engine import Optimizer
 from plrd_train.errors import UserError
 from plrd_train.plan.factoring import factoring, factors, in_rounds
 from plrd_train.plan.models import Planned, micro_batch, sequences
 from plrd_train.plan.replay import peak
-from plrd_train.plan.structure import Parts, add, total
+from plrd_train.structure import Parts, add, total
 
 PUBLISHED_SHARD = 5 * 2**30  # bytes of a member that are put together in host memory before they are written
 # A rank's file of a checkpoint is put together in host memory, and copied once, before it is written (safetensors'
@@ -40,7 +41,7 @@ class Phase:
     host: Parts
 
 
-def memory_of(name: str, settings: Any, world_size: int, device: str) -> Any:
+def memory_of(name: str, settings: Any, optimizer: Optimizer, world_size: int, device: str) -> Any:
     """The memory model of the engine `name`: its file of that name here. Raises UserError where there is none."""
     path = f"plrd_train.plan.{name}"
     if importlib.util.find_spec(path) is None:
@@ -48,13 +49,13 @@ def memory_of(name: str, settings: Any, world_size: int, device: str) -> Any:
             f"engine={name}: nothing here says what it keeps in memory ({path} is missing); plan with engine=fsdp or "
             "engine=zero3"
         )
-    return importlib.import_module(path).Memory(settings, world_size, device)
+    return importlib.import_module(path).Memory(settings, optimizer, world_size, device)
 
 
 def phases(config: Config, models: Sequence[Planned], world_size: int, device: str, published: int) -> Iterator[Phase]:
     """Each phase of the run over `models`, the parent first, in order. `device` is "cpu" or "cuda"; `published` the
     bytes of a member's parameter."""
-    memory = memory_of(config.engine.name, config.engine.settings, world_size, device)
+    memory = memory_of(config.engine.name, config.engine.settings, config.optimizer.settings, world_size, device)
     parent = models[0]
     if parent.training:
         yield from _training(config, memory, parent, world_size)
@@ -81,9 +82,13 @@ def _training(config: Config, memory: Any, model: Planned, world_size: int) -> I
     resident = memory.resident(structure, optimizer=True)
     copy = 4 * _kept(memory, model)  # of one of the things that a checkpoint holds
     branch = config.branches()
+    saved = copy + 4 * memory.state(structure)
     host = add(
         memory.host(structure),
-        {"checkpoint": (3 + FILE_COPIES * (4 if branch else 3)) * copy, "snapshot": copy if branch else 0.0},
+        {
+            "checkpoint": saved + FILE_COPIES * (saved + (copy if branch else 0)),
+            "snapshot": copy if branch else 0.0,
+        },
     )
     micro_batches = -(-sequences(config) // world_size) / micro_batch(config, world_size)
     settings = {"accumulated": micro_batches > 1}

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from plrd_train.plan.structure import Parts, add, total
 from plrd_train.plan.trace import Event
+from plrd_train.structure import Parts, add, total
 
 
 class Holder(Protocol):

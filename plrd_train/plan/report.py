@@ -13,7 +13,7 @@ from plrd_train.plan import cost
 from plrd_train.plan.cost import GB, Checkpoints, Machine
 from plrd_train.plan.models import Planned, planned, traced_as
 from plrd_train.plan.phases import Phase, as_parts, device_bytes, host_bytes, phases
-from plrd_train.plan.structure import add, total
+from plrd_train.structure import add, total
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Memory of `engine=zero3`, after the source of DeepSpeed (0.19) and of plrd_train/engine/zero3.py.
 
 A rank keeps its slices of the parameters in the dtype of the products, of float32 masters, of float32 gradients (one
-flat buffer, always there), and of both float32 moments: 18 bytes a parameter over the ranks in bf16, 20 in fp32, and
-the bucket in which gradients wait to be reduced. In its step the optimizer works on a copy of the gradients, and on the
-roots of the second moments, for at most a sub-group of 1e9 elements at a time.
+flat buffer, always there), and of the optimizer's state: with AdamW 18 bytes a parameter over the ranks in bf16, 20 in
+fp32, and the bucket in which gradients wait to be reduced. In its step the optimizer works on a copy of the gradients,
+and on the roots of the second moments, for at most a sub-group of 1e9 elements at a time.
 
 Parameters are gathered module by module, and with each module `prefetch_bucket_size` elements ahead of their use, up to
 1e9 that are whole at once. A module gives them back unless they are needed again within 1e9 elements (DeepSpeed's
@@ -14,9 +14,10 @@ clears that cache). A stage is evaluated before it is trained, unless it is resu
 
 from collections.abc import Iterator, Sequence
 
+from plrd_train.engine import Optimizer
 from plrd_train.engine.zero3 import Options
-from plrd_train.plan.structure import Parameter, Parts, Structure, add, largest
 from plrd_train.plan.trace import Event
+from plrd_train.structure import Parameter, Parts, Structure, add, largest
 
 REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's max_reuse_distance, in elements
 LIVE = 1_000_000_000  # DeepSpeed's max_live_parameters: beyond so many elements nothing is gathered ahead
@@ -31,8 +32,8 @@ NVME_LEAST = 2**20  # bytes of the smallest slice that is in a file
 class Memory:
     """`device` is "cpu" or "cuda". The largest share, that of the first rank, is what counts."""
 
-    def __init__(self, options: Options, world_size: int, device: str):
-        self.options, self.shards = options, world_size
+    def __init__(self, options: Options, optimizer: Optimizer, world_size: int, device: str):
+        self.options, self.shards, self._optimizer = options, world_size, optimizer
         self.width = {"bf16": 2, "fp32": 4}[options.dtype]
         self._on_cpu = device == "cpu"
         self._offloaded = options.offload_optimizer != "none"
@@ -43,6 +44,12 @@ class Memory:
 
     def _kept(self, model: Structure) -> float:
         return sum(self.shard(parameter.shape) for parameter in model.parameters)
+
+    def state(self, model: Structure) -> int:
+        """Elements of the first rank's slices of what the optimizer keeps."""
+        return sum(
+            len(self._optimizer.group(parameter).state) * self.shard(parameter.shape) for parameter in model.parameters
+        )
 
     def _sub_group(self, model: Structure) -> float:
         return min(self._kept(model), SUB_GROUP)
@@ -64,7 +71,7 @@ class Memory:
         if not self._offloaded:
             parts["parameters"] += 4 * kept
             parts["gradients"] += 4 * kept
-            parts["optimizer"] += 8 * kept if optimizer else 0
+            parts["optimizer"] += 4 * self.state(model) if optimizer else 0
         return parts
 
     def host(self, model: Structure) -> Parts:
@@ -82,7 +89,7 @@ class Memory:
             parts["gradients"] = 8 * kept  # the flat buffer, and those that the optimizer reads
             parts["optimizer"] = 8 * sub_group  # what a step computes in
         if self.options.offload_optimizer == "cpu":
-            parts["optimizer"] += 12 * kept
+            parts["optimizer"] += 4 * (kept + self.state(model))
         elif self.options.offload_optimizer == "nvme":
             parts["optimizer"] += NVME_BUFFERS * 4 * sub_group
         return parts

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from plrd_train.engine import MOMENTS, AdamW, Architecture, Engine
+from plrd_train.engine import Architecture, Engine, Optimizer
 from plrd_train.errors import UserError
 from plrd_train.recover import saved
 from plrd_train.recover.progress import Progress
@@ -80,7 +80,9 @@ class Checkpoints:
         self._build(progress, architecture)
         self._engine.restore(self._shards(progress, "member" if member and progress.branched else "model"))
 
-    def load_stage(self, progress: Progress, architecture: Architecture, optimizer: AdamW) -> dict[str, Tensor] | None:
+    def load_stage(
+        self, progress: Progress, architecture: Architecture, optimizer: Optimizer
+    ) -> dict[str, Tensor] | None:
         """Put the stage that is under way into the engine, with its optimizer. Returns the trunk if what trains is a
         branch. A collective."""
         assert progress.under_way is not None
@@ -88,7 +90,11 @@ class Checkpoints:
         self._engine.restore(self._shards(progress, "model"))
         under_way = progress.under_way
         made = under_way.steps - under_way.judged.skipped
-        self._engine.start(optimizer, made, {moment: self._shards(progress, moment) for moment in MOMENTS})
+        self._engine.start(optimizer)
+        state = self._engine.state()  # of zeros, which are read over
+        for part, shards in state.items():
+            self._read_shards(progress, part, shards)
+        self._engine.start(optimizer, made, state)
         return self._shards(progress, "trunk") if under_way.in_branch else None
 
     def _build(self, progress: Progress, architecture: Architecture) -> None:
@@ -102,10 +108,14 @@ class Checkpoints:
     def _shards(self, progress: Progress, part: str) -> dict[str, Tensor]:
         """This rank's shards of a part of the checkpoint, in the structure of the model in the engine. A collective."""
         shards = self._engine.snapshot()
+        self._read_shards(progress, part, shards)
+        return shards
+
+    def _read_shards(self, progress: Progress, part: str, shards: Mapping[str, Tensor]) -> None:
+        """Fill `shards` in place from a part of the checkpoint. A collective."""
         saved.read(
             {f"{part}/{name}": tensor for name, tensor in self._engine.sharded(shards).items()}, self._of(progress)
         )
-        return shards
 
     # Writing
 
@@ -117,7 +127,7 @@ class Checkpoints:
     def save_stage(self, progress: Progress, trunk: Snapshot | None) -> None:
         """Save the stage that is under way as it stands in the engine, with its optimizer, and the `trunk` where that
         is a branch. Returns as `save` does. A collective."""
-        parts = {"model": self._engine.snapshot(), **self._engine.moments()}
+        parts = {"model": self._engine.snapshot(), **self._engine.state()}
         self._save(progress, parts if trunk is None else {**parts, "trunk": trunk})
 
     def _save(self, progress: Progress, parts: Mapping[str, Snapshot]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plrd_train.data.loader import Batch, Loader
-from plrd_train.engine import AdamW, Engine
+from plrd_train.engine import Engine, Optimizer
 from plrd_train.recover.checkpoint import Snapshot
 from plrd_train.recover.deadline import Deadline
 from plrd_train.recover.guard import Guard
@@ -32,10 +32,6 @@ class Recovered:
     branch_tokens: int
 
 
-def optimizer_of(settings: Recover) -> AdamW:
-    return AdamW(settings.betas, settings.eps, settings.weight_decay)
-
-
 @dataclass(frozen=True)
 class Trainer:
     """What stays the same over the steps of a run."""
@@ -44,6 +40,7 @@ class Trainer:
     loader: Loader
     objective: Objective
     schedule: Schedule
+    optimizer: Optimizer
     settings: Recover
     seq_len: int
     seed: int
@@ -73,7 +70,7 @@ class Trainer:
         """
         self.counters.tokens_stage = done * self.step_tokens
         if not done:
-            self.engine.start(optimizer_of(self.settings))
+            self.engine.start(self.optimizer)
         rates = self.schedule.rates(budget // self.step_tokens, peak)
         lrs, trunk_steps = [*rates.trunk, *rates.branch], len(rates.trunk)
         reports, deadline = Reports(self, pauses), Deadline(self.engine.world.heartbeat)

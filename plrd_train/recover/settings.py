@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from plrd_train.settings import Positive, Rate, Share, section
+from plrd_train.settings import Positive, Rate, section
 
 # Learning rate times hidden size. Fitted on the small parents of docs/recipes.md; that it carries over as 1 / width (as
 # in maximal update parametrization, arXiv 2203.03466) is untested at 7B.
@@ -17,9 +17,6 @@ class Recover:
     those of `plrd_train.recover.guard`."""
 
     lr: Annotated[Rate, Field(gt=0.0)] | None
-    betas: tuple[Share, Share]
-    eps: Annotated[Rate, Field(gt=0.0)]
-    weight_decay: Rate
     clip: Annotated[Rate, Field(gt=0.0)]
     spike: Annotated[Rate, Field(gt=0.0)] | None
     patience: Positive

@@ -22,7 +22,7 @@ GIVEN = (
 
 @functools.cache
 def composed() -> dict:
-    (job,) = compose([*GIVEN, "stages.tokens=100000", "seed=0", "engine.dtype=fp32", "recover.betas=[0.9,0.95]"])
+    (job,) = compose([*GIVEN, "stages.tokens=100000", "seed=0", "engine.dtype=fp32", "optimizer.betas=[0.9,0.95]"])
     return job
 
 
@@ -85,7 +85,7 @@ def test_what_may_differ(before, tmp_path, overrides):
         (("parent.path=q",), ["parent.path ('p' there, 'q' now)"]),
         (("data.train=u", "data.seq_len=64"), ["data.seq_len (256 there, 64 now)", "data.train ('t' there, 'u' now)"]),
         (("seed=1",), ["seed (0 there, 1 now)"]),
-        (("recover.betas=[0.9,0.99]",), ["recover.betas ([0.9, 0.95] there, [0.9, 0.99] now)"]),
+        (("optimizer.betas=[0.9,0.99]",), ["optimizer.betas ([0.9, 0.95] there, [0.9, 0.99] now)"]),
         (("engine.dtype=bf16",), ["engine.dtype"]),
         (("linears.exclude=[a]",), ["linears.exclude"]),
         (("stages.ratios=[1.5]",), ["stages (ratios and tokens"]),

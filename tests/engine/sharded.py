@@ -17,11 +17,12 @@ from plrd_train.compress.methods.svd import Method
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.rounds import decompose
 from plrd_train.compress.surgery import eligible_linears
-from plrd_train.engine import AdamW, Engine
+from plrd_train.engine import Engine
 from plrd_train.parents.models import HubArchitecture
 from plrd_train.parents.parent import load_config, open_parent
 from plrd_train.parents.weights import WeightReader
 from plrd_train.recover import saved
+from plrd_train.recover.optimizers.adamw import Optimizer as AdamW
 from plrd_train.runtime.world import World
 
 OPTIMIZER = AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

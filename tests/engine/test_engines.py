@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from plrd_train.compress.contracts import DecompositionError
 from plrd_train.compress.surgery import eligible_linears
-from plrd_train.engine import MOMENTS, rounded
+from plrd_train.engine import rounded
 from plrd_train.errors import UserError
 from plrd_train.parents.models import HubArchitecture
 from plrd_train.parents.parent import load_config, open_parent
@@ -210,8 +210,8 @@ def trained_on(world, name, folder, data, target):
     engine = opened(world, name, folder)
     first = train(engine, data[:3])
     save(engine, target / "model")
-    for moment, shards in engine.moments().items():
-        saved.write(engine.sharded(shards), target / moment, world)
+    for part, shards in engine.state().items():
+        saved.write(engine.sharded(shards), target / part, world)
     return first + go_on(engine, data[3:]), dict(engine.tensors())
 
 
@@ -219,10 +219,12 @@ def gone_on(world, name, folder, data, target):
     engine = opened(world, name, folder)
     train(engine, data[3:])  # a state that must not matter
     load_saved(engine, architecture(folder, {}), target / "model")
-    moments = {moment: read_shards(engine, target / moment) for moment in MOMENTS}
-    engine.start(OPTIMIZER, 3, moments)
-    again = engine.moments()
-    same = all(torch.equal(again[moment][name], shard) for moment in MOMENTS for name, shard in moments[moment].items())
+    state = {part: read_shards(engine, target / part) for part in ("exp_avg", "exp_avg_sq")}
+    engine.start(OPTIMIZER, 3, state)
+    again = engine.state()
+    same = again.keys() == state.keys() and all(
+        torch.equal(again[part][name], shard) for part, shards in state.items() for name, shard in shards.items()
+    )
     return same, go_on(engine, data[3:]), dict(engine.tensors())
 
 

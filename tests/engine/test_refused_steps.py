@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def with_bad_steps(world, engine_name, folder, bad):
-    """Two good steps, a bad one before each; the norms, then the weights and moments."""
+    """Two good steps, a bad one before each; the norms, then the weights and state."""
     engine = opened(world, engine_name, folder)
     engine.start(OPTIMIZER)
     norms, spoiled = [], []
@@ -22,7 +22,7 @@ def with_bad_steps(world, engine_name, folder, bad):
             engine.backward(loss * (math.nan if bad == "nan" else 1e3))
             spoiled.append(engine.step(1e-2, 0.5, torch.tensor(bad == "refused")).item())
         norms += go_on(engine, [batch])
-    return norms, spoiled, engine.snapshot(), engine.moments()
+    return norms, spoiled, engine.snapshot(), engine.state()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -31,7 +31,7 @@ def test_a_bad_step_leaves_no_trace(save_parent, engine, ranks):
     folder, _ = save_parent("llama_tied_scaled_rope")
     good = run_ranks(ranks, with_bad_steps, engine, folder, "")
     for bad in ("refused", "nan"):
-        for (norms, spoiled, weights, moments), (expected, _, sound, made) in zip(
+        for (norms, spoiled, weights, state), (expected, _, sound, made) in zip(
             run_ranks(ranks, with_bad_steps, engine, folder, bad), good, strict=True
         ):
             assert (
@@ -40,8 +40,8 @@ def test_a_bad_step_leaves_no_trace(save_parent, engine, ranks):
                 and len(spoiled) == 2
             )
             _same(weights, sound)
-            for moment, shards in moments.items():
-                _same(shards, made[moment])
+            for part, shards in state.items():
+                _same(shards, made[part])
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine.sharded import OPTIMIZER, logits, opened
+from engine.sharded import OPTIMIZER, SETTINGS, logits, opened
 from processes import run_ranks
 
-from plrd_train.engine import ENGINES
+from plrd_train.engine.zero3 import Options
 from plrd_train.parents.models import build_model
 from plrd_train.parents.parent import load_config, open_parent
 from plrd_train.plan.phases import memory_of
-from plrd_train.plan.structure import Parameter, Structure
 from plrd_train.plan.trace import trace_step
 from plrd_train.recover.objectives.ce import Objective
+from plrd_train.structure import Parameter, Structure
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -41,7 +41,7 @@ def test_what_zero3_keeps_whole_until_the_backward(save_parent, evaluated):
         model = build_model(load_config(open_parent(str(folder)))).train()
     structure = Structure.of(model)
     events = trace_step(model, lambda model: Objective()(model, IDS.to("meta")))
-    memory = memory_of("zero3", settings(), 2, "cuda")
+    memory = memory_of("zero3", settings(), OPTIMIZER, 2, "cuda")
     holder = memory.holder(structure, events, resumed=not evaluated)
     for event in events:
         list(holder.on(event))
@@ -51,9 +51,7 @@ def test_what_zero3_keeps_whole_until_the_backward(save_parent, evaluated):
 
 
 def settings():
-    from engine.sharded import SETTINGS
-
-    return ENGINES.settings_of("zero3")(**SETTINGS["zero3"])
+    return Options(**SETTINGS["zero3"])
 
 
 def test_parameters_on_nvme_are_neither_on_the_device_nor_all_on_the_host():
@@ -62,7 +60,9 @@ def test_parameters_on_nvme_are_neither_on_the_device_nor_all_on_the_host():
     slices = {shape: 4 * torch.Size(shape).numel() / ranks for shape in (matrix, norm)}
 
     def device_and_host(place):
-        memory = memory_of("zero3", replace(settings(), offload_params=place, nvme_path="swap"), ranks, "cuda")
+        memory = memory_of(
+            "zero3", replace(settings(), offload_params=place, nvme_path="swap"), OPTIMIZER, ranks, "cuda"
+        )
         return memory.resident(structure, optimizer=True)["parameters"], memory.host(structure).get("parameters", 0)
 
     kept, on_host, in_files = map(device_and_host, ("none", "cpu", "nvme"))

@@ -14,7 +14,6 @@ from processes import run_ranks
 from records import member
 from tiny_family import write_parent
 
-from plrd_train.engine import AdamW
 from plrd_train.engine.fsdp import Options, open_engine
 from plrd_train.errors import UserError
 from plrd_train.family import Member
@@ -22,9 +21,10 @@ from plrd_train.parents.models import HubArchitecture
 from plrd_train.parents.parent import load_config, open_parent
 from plrd_train.parents.weights import WeightReader
 from plrd_train.recover.checkpoint import Checkpoints
+from plrd_train.recover.optimizers.adamw import Optimizer
 from plrd_train.recover.progress import Counters, Progress, UnderWay
 
-OPTIMIZER = AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+OPTIMIZER = Optimizer(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 ENDED = Progress(
     stages=1,
     counters=Counters(steps=20, tokens_total=2000, tokens_stage=2000, domain_tokens={"C4": 2000}),
@@ -84,7 +84,7 @@ def saved_and_loaded(world, folder: Path, run_dir: Path) -> list:
     found.append(same(engine, member) and all(torch.equal(trunk_again[name], tensor) for name, tensor in trunk.items()))
     found.append(
         all(
-            torch.equal(engine.moments()[moment][name], tensor)
+            torch.equal(engine.state()[moment][name], tensor)
             for moment in moments
             for name, tensor in moments[moment].items()
         )

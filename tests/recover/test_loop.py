@@ -18,6 +18,7 @@ from plrd_train.parents.weights import WeightReader
 from plrd_train.recover.guard import Guard, Judged
 from plrd_train.recover.loop import Trainer
 from plrd_train.recover.objectives.ce import Objective
+from plrd_train.recover.optimizers.adamw import Optimizer
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
@@ -27,14 +28,12 @@ from plrd_train.runtime.exchange import Exchange
 from plrd_train.runtime.stop import StopRequest
 
 SEQ_LEN, STEPS = 16, 4
+OPTIMIZER = Optimizer(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def settings(sequences: int, **changed) -> Recover:
     values = {
         "lr": 4e-3,
-        "betas": (0.9, 0.95),
-        "eps": 1e-8,
-        "weight_decay": 0.1,
         "clip": 0.5,
         "spike": None,
         "patience": 3,
@@ -63,6 +62,7 @@ def trained(world, folder: Path, text: Path, streams: int, recover: Recover, bud
         reader,
         Objective(),
         Schedule(warmup=0.0, branch=branch),
+        OPTIMIZER,
         recover,
         SEQ_LEN,
         0,
@@ -86,8 +86,8 @@ def plain(folder: Path, text: Path, streams: int, recover: Recover, rates: list[
     """(losses, gradient norms, weights) of the same training in plain PyTorch on one process."""
     model = AutoModelForCausalLM.from_pretrained(folder).train()
     vectors, matrices = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (False, True))
-    groups = [{"params": matrices, "weight_decay": recover.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=recover.betas, eps=recover.eps)
+    groups = [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     losses, norms = [], []
     reader = loader(folder, text, streams, 0, 1)
     for lr in rates:

@@ -1,16 +1,16 @@
 """A dense W (m x n), decomposed by the Gram matrix of its smaller side, n.
 
-Let V be the leading eigenvectors of (L W R)^T (L W R). Then W ≈ (W V) V^T; or, where there is a metric R on the side of
-the eigenvectors, W ≈ U B^+ L W with U = W R V and B = L U, which is the same without an inverse of R: what R does not
-see stays as near to W as it can. Both are projections: so their error is that of the subspace alone, and they are exact
-at full rank, whatever the accuracy of the eigenvalues. A bound on what the subspace may have lost is checked at each
-rank; where it does not hold, or the eigensolver does not converge, the Gram matrix is formed in float64, and at last L
-W R itself is decomposed.
+Let V be the leading eigenvectors of (L W R)^T (L W R). Without a metric R on the side of the eigenvectors, W ≈ (W V)
+V^T. With R, W ≈ U B^+ L W, where U = W R V and B = L U. That needs no inverse of R; in R's null space the result stays
+as close to W as possible. Both are projections. So their error is that of the subspace alone, and they are exact at
+full rank, whatever the accuracy of the eigenvalues. At each rank a bound on what the subspace may have lost is checked.
+Where it does not hold, or the eigensolver does not converge, the Gram matrix is formed in float64, and at last L W R
+itself is decomposed.
 
-A metric L that is given as a moment L^T L serves the Gram matrix and the errors as it is, where there is no R. Its root
-is formed to decompose L W, and where the Gram matrix shows that the moment is indefinite: then its eigenvalues are
-clipped. Negative ones that it does not show, as rounding in the moment leaves them, falsify the square of an error by
-no more than themselves times what it has in their directions.
+Where there is no R, a metric L may be given by its moment L^T L, from which the Gram matrix and the errors follow. Its
+root is formed only to decompose L W, or where the Gram matrix shows that the moment is indefinite; the root has clipped
+eigenvalues. Negative eigenvalues that rounding leaves in the moment, and the Gram matrix does not show, change the
+square of an error by at most themselves times the square of the error in their directions.
 """
 
 import copy
@@ -40,10 +40,10 @@ from plrd_train.compress.algebra.gram import (
 )
 from plrd_train.compress.algebra.product import balanced, balancing, rebalanced, scaled_pair
 
-# Above this relative error its square is known from the eigenvalues to some 1e-4 of itself; below, it is measured.
+# Above this relative error, the eigenvalues give its square to about 1e-4 of itself; below, it is measured.
 _KNOWN = 0.1
-# A product is written to rows of a multiple of this: where they are 333 long, CPU libraries take a quarter longer than
-# where they are 336.
+# Rows of the output buffer have a multiple of this length: CPU libraries take a quarter longer for 333 columns than for
+# 336.
 _ALIGNED = 16
 
 
@@ -104,7 +104,7 @@ class Dense:
         return moved
 
     def _onto(self, basis: Tensor) -> Tensor:
-        """W @ basis, laid out as its transpose where that is what `cut` returns."""
+        """W @ basis, in the memory layout of its transpose where `cut` returns that."""
         weight, rank = self._weight.to(basis.dtype), basis.shape[1]
         if self._wide:
             return (basis.T @ weight.T).T
@@ -117,7 +117,7 @@ class Dense:
         return up
 
     def _project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """The balanced pair of the projection of W on what `basis` spans, in the metrics."""
+        """The balanced pair of the projection of W on the span of `basis`, in the metrics."""
         up = self._onto(times_root(self._right, basis))
         if self._right is None:
             return rebalanced(up, basis.T)
@@ -127,7 +127,7 @@ class Dense:
         scale = squares.diagonal().sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
         values, vectors = torch.linalg.eigh(squares / scale / scale[:, None])
-        alike = values[0].item() < 0.01  # columns that rounding has made so
+        alike = values[0].item() < 0.01  # columns nearly dependent, perhaps by rounding
         if alike and basis.dtype != torch.float64:
             return self._project(basis.double())
         # change @ change^T is the pseudo-inverse of B^T B.
@@ -151,7 +151,7 @@ class Dense:
             squares, vectors = torch.linalg.eigh(
                 bordered(moment.gram(self._weight, dtype) if moment else gram(self._measured(dtype), dtype))
             )
-        except torch.linalg.LinAlgError:  # no convergence, as GPU libraries have it of some matrices of low rank
+        except torch.linalg.LinAlgError:  # no convergence, as with some matrices of low rank on GPUs
             return self._decompose(torch.float64) if dtype != torch.float64 else self._decompose_exactly()
         squares, vectors = squares[-n:], vectors[:n, -n:]
         off = rounding(dtype) * max(squares.norm().item(), moment.terms(self._weight) if moment else 0.0)
@@ -186,7 +186,7 @@ class Dense:
         return torch.stack(list(rest)).norm().item() / whole if whole > 0 else 0.0
 
     def _metric_error(self, up: Tensor, down: Tensor) -> float:
-        """The same in the metrics."""
+        """The relative error in the metrics, measured."""
         rest = torch.addmm(self._weight, up.to(self._weight), down.to(self._weight), alpha=-1)
         whole = self._squares.clamp_min(0).sum().sqrt().item()
         lost = (

@@ -1,5 +1,4 @@
-"""A pair of factors, the metrics in which it is the best one, and the small algebra of Gram matrices that finding it
-takes."""
+"""Factors, metrics, and the algebra of Gram matrices by which the best factors in a metric are found."""
 
 import math
 from collections.abc import Iterator
@@ -8,19 +7,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# The relative error of factors may exceed the optimum by this share of it; below ABSOLUTE of the norm it may be
-# anything up to that, since factors stored in float32 are themselves off by about 1e-7.
+# The relative error of factors is within 1 + RELATIVE of the optimum, or below ABSOLUTE. Factors stored in float32 have
+# relative errors of about 1e-7 of their own.
 RELATIVE = 5e-4
 ABSOLUTE = 5e-6
 
 # Squares of float32 neither overflow nor vanish while the largest entry lies between these.
 _SAFE = (1e-8, 1e8)
-# Rows that are taken at a time: of a tall matrix to be copied to another dtype or compared, and of a moment.
+# Rows of a matrix that are copied to another dtype, or compared, at a time.
 ROWS = 256
-# Rows of a multiple of so many bytes lie one on top of the other in the caches of a CPU.
+# Rows of a multiple of _PAGE bytes share cache lines of a CPU; _BORDER more columns avoid that.
 _PAGE, _BORDER = 4096, 16
-# The lower triangle of a Gram matrix is halved that often: so, it takes 9/16 of the multiplications of the whole. Below
-# _SMALL the whole is faster.
+# The lower triangle of a Gram matrix is halved _HALVINGS times, and takes 9/16 of the multiplications of the whole
+# matrix. Up to _SMALL rows the whole matrix is faster.
 _HALVINGS, _SMALL = 3, 128
 
 
@@ -41,9 +40,9 @@ class Factors:
 
 @dataclass(frozen=True)
 class Metric:
-    """What an error costs on one side of a weight: a column e of it costs ||root^T e||^2. `root` is (n, n), any square
-    root of what is meant, as of a second moment root @ root^T its Cholesky factor; or the diagonal of such a matrix,
-    (n,). Of any floating dtype.
+    """The cost of an error on one side of a weight: a column e of the error costs ||root^T e||^2. `root` is (n, n), any
+    square root of the matrix root @ root^T, such as the Cholesky factor of a second moment; or (n,), a diagonal. Any
+    floating dtype.
     """
 
     root: Tensor = field(repr=False)
@@ -54,12 +53,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class Moment:
-    """A metric by its square, a second moment: a column e of an error costs e^T (moment + floor I) e. `moment` is (n,
-    n), float32 or float64, and symmetric, of which the lower triangle counts; `floor` is what each direction costs at
-    least.
+    """A metric given by its square, a second moment: a column e of an error costs e^T (moment + floor I) e. `moment` is
+    (n, n), symmetric, float32 or float64; only its lower triangle is read. `floor` is the lowest cost of a direction.
 
-    A Gram matrix in this metric takes no root, which costs the cube of n and, in float64, several times the memory of
-    the moment.
+    A Gram matrix in this metric needs no root of the moment. A root takes O(n^3) operations and, in float64, several
+    times the memory of the moment.
     """
 
     moment: Tensor = field(repr=False)
@@ -69,10 +67,10 @@ class Moment:
         return Moment(self.moment.to(device), self.floor)
 
     def root(self) -> Metric:
-        """The same by its root, in float64, since an eigenvalue found in float32 is off by more than the floor.
+        """The metric by its root, in float64, since the error of an eigenvalue in float32 exceeds the floor.
 
-        That is Cholesky's factor where there is one, as it costs a twentieth; else, since rounding may have made a
-        singular moment indefinite, that of the eigendecomposition with clipped eigenvalues, which always exists.
+        It is the Cholesky factor where there is one, as that takes a twentieth of the time. Rounding may have made a
+        singular moment indefinite; then the root is that of an eigendecomposition with clipped eigenvalues.
         """
         moment = self.moment.to(torch.float64, copy=True)
         moment.diagonal().add_(self.floor)
@@ -92,15 +90,15 @@ class Moment:
         return (out + out.T).div_(2)
 
     def cost(self, matrix: Tensor) -> float:
-        """The trace of that: what the columns cost in all. Added up in float64, as its terms cancel where `matrix` lies
-        in what costs little."""
+        """The trace of the Gram matrix: the cost of all columns together. It is summed in float64, as its terms cancel
+        where the columns lie in directions of low cost."""
         return math.fsum((part * cost).sum().item() for part, cost in self._parts(matrix, torch.float64))
 
     def terms(self, matrix: Tensor) -> float:
         """Twice the root of the sum of the squares of all terms moment[i, j] * matrix[i, k] * matrix[j, l] of all
         entries of `gram(matrix)`, of which those below the diagonal are taken twice.
 
-        It tells what rounding costs where these terms cancel. It is twice the norm of the moment, scaled by the norms
+        It bounds the rounding error where these terms cancel. It is twice the norm of the moment, scaled by the norms
         of the rows of `matrix`.
         """
         norms = torch.linalg.vector_norm(matrix, dim=1).double()
@@ -109,8 +107,8 @@ class Moment:
         return 2 * math.sqrt(math.fsum(squares))
 
     def _parts(self, matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows a of `matrix`, and rows b as many, strip by strip: the symmetric part of the sum of a^T b is the Gram
-        matrix. What lies below the diagonal counts twice in place of what lies above."""
+        """Rows a of `matrix`, and as many rows b, strip by strip: the symmetric part of the sum of a^T b is the Gram
+        matrix. Entries of the moment below the diagonal count twice, and those above it not at all."""
         for start in range(0, len(matrix), ROWS):
             part, rows = matrix[start : start + ROWS].to(dtype), self.moment[start : start + ROWS]
             own = symmetric(rows[:, start : start + ROWS].to(dtype))
@@ -163,7 +161,7 @@ def largest(matrix: Tensor) -> float:
 
 
 def scaled_metric(metric: Metric | None, dtype: torch.dtype) -> tuple[Metric | None, float]:
-    """Likewise of a metric, in `dtype`."""
+    """As `scaled`, for the root of a metric, in `dtype`."""
     if metric is None:
         return None, 1.0
     root, scale = scaled(metric.root, "a metric")
@@ -171,14 +169,14 @@ def scaled_metric(metric: Metric | None, dtype: torch.dtype) -> tuple[Metric | N
 
 
 def scaled_moment(metric: Moment) -> tuple[Moment, float]:
-    """Likewise of a moment; the factor is that of its root."""
+    """As `scaled`, for a moment; the factor is that of its root."""
     moment, scale = scaled(metric.moment, "a metric")
     return Moment(moment, metric.floor / scale), scale**0.5
 
 
 def gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The lower triangle of matrix^T @ matrix in `dtype`, which is all that `eigh` and `cholesky` read; what lies above
-    it is undefined."""
+    """The lower triangle of matrix^T @ matrix in `dtype`, which is all that `eigh` and `cholesky` read; the entries
+    above it are undefined."""
     out = matrix.new_zeros(matrix.shape[1], matrix.shape[1], dtype=dtype)
     for part in matrix.split(ROWS if matrix.dtype != dtype else len(matrix)):
         _add_gram(out, part.to(dtype), _HALVINGS)
@@ -199,9 +197,9 @@ def _add_gram(out: Tensor, part: Tensor, halvings: int) -> None:
 
 
 def bordered(lower: Tensor) -> Tensor:
-    """The lower triangle of a symmetric matrix (n, n) with a border that separates its rows in the caches, or itself
-    where they are separate: LAPACK takes a tenth to a quarter longer for 1024 or 2048 than for 16 more. The border's
-    eigenvalues are the first in ascending order, by far, and its eigenvectors are 0 in all other rows."""
+    """The lower triangle of a symmetric matrix (n, n), with a border where its rows would share cache lines: LAPACK
+    takes a tenth to a quarter longer for n = 1024 or 2048 than for 16 more. The eigenvalues of the border are by far
+    the lowest, and its eigenvectors are 0 in all other rows."""
     n = len(lower)
     if lower.device.type != "cpu" or n * lower.itemsize % _PAGE:
         return lower
@@ -217,7 +215,7 @@ def symmetric(lower: Tensor) -> Tensor:
 
 
 def symmetrized(matrix: Tensor) -> Tensor:
-    """`matrix` (n, n) itself, with the mean of it and its transpose in its place."""
+    """`matrix` (n, n), overwritten by the mean of it and its transpose."""
     for start in range(0, len(matrix), ROWS):
         end = start + ROWS
         own, right, below = matrix[start:end, start:end], matrix[start:end, end:], matrix[end:, start:end]
@@ -228,8 +226,8 @@ def symmetrized(matrix: Tensor) -> Tensor:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """What a Gram matrix and its eigenvectors are off by, at most, as a share of its Frobenius norm: twice what spectra
-    of all kinds show."""
+    """A bound on the error of a Gram matrix and its eigenvectors, relative to its Frobenius norm: twice the largest
+    error that was observed over spectra of all kinds."""
     return 4 * torch.finfo(dtype).eps
 
 
@@ -240,8 +238,8 @@ def tail(squares: Tensor, rank: int) -> float:
 
 
 def keeps(squares: Tensor, rank: int, off: float) -> bool:
-    """Whether the leading `rank` eigenvectors of a Gram matrix that is off by `off` in the Frobenius norm keep enough;
-    `squares` are its eigenvalues.
+    """Whether the leading `rank` eigenvectors of a Gram matrix with an error of `off` in the Frobenius norm are
+    accurate enough; `squares` are its eigenvalues.
 
     P and P' project on the leading eigenvectors of G and of G + E. By Ky Fan's principle, applied to both, P' keeps at
     most tr((P' - P) E) <= ||P' - P||_F ||E||_F <= sqrt(2 min(r, k - r)) ||E||_F less of the energy than P.
@@ -251,8 +249,8 @@ def keeps(squares: Tensor, rank: int, off: float) -> bool:
 
 
 def floored(singular: Tensor) -> Tensor:
-    """Singular values to balance by: one of zero would make its columns vanish in both factors, and with them both
-    gradients."""
+    """Singular values to balance by, clamped from below: at zero the columns of both factors would vanish, and so would
+    both gradients."""
     largest = singular.max()
     return singular.clamp_min(torch.where(largest > 0, torch.finfo(torch.float32).eps * largest, 1.0))
 

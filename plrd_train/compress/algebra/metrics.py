@@ -1,5 +1,5 @@
-"""Metrics made of what calibration text tells: what an error of a weight costs, by the moments of its inputs or by
-weights of single channels."""
+"""Metrics from statistics of calibration text: the cost of an error of a weight, by the second moment of its inputs or
+by a weight for each channel."""
 
 import math
 
@@ -9,9 +9,10 @@ from torch import Tensor
 from plrd_train.compress.algebra.gram import largest
 from plrd_train.compress.algebra.truncate import Metric, Moment, Size, peak_bytes
 
-# What no text has shown counts this share of all, and rounding, of either sign, no more. Sums in float32 round to 1e-7
-# of the largest eigenvalue of a moment; yet the floor stands lower, since a single token with massive activations
-# raises that eigenvalue a millionfold above the rest, and a floor as high as the rounding would then blur what matters.
+# Lower clamp on the cost of a direction, relative to the trace of the moment: for directions that the text does not
+# show, and against rounding. Float32 sums round to 1e-7 of the largest eigenvalue. The clamp is lower, as one token
+# with massive activations raises that eigenvalue a millionfold above the others; a clamp at 1e-7 would then hide what
+# matters.
 FLOOR = 1e-8
 
 
@@ -19,23 +20,22 @@ def whitening(moment: Tensor) -> Moment | Metric:
     """The metric in which an error E of a weight costs E[||E x||^2] = tr(E S E^T), S being the second moment E[x x^T]
     (n, n) of its input.
 
-    `moment` is S in float32 and symmetric; it is kept, not copied. Raises ValueError where it holds NaN or Inf.
+    `moment` is S, float32 and symmetric; it is not copied. Raises ValueError where it holds NaN or Inf.
     """
     _check(moment)
     floor = FLOOR * moment.trace().item()
-    # The moment of a Linear that is only given zeros is zero.
+    # The moment is zero where all inputs are.
     return Moment(moment, floor) if floor > 0.0 else Metric(moment.new_ones(len(moment)))
 
 
 def whitened_peak_bytes(size: Size) -> int:
-    """What decomposing and cutting a weight of that size in the metric of its inputs' moment takes, the moment itself
-    included."""
+    """The most bytes that decomposing and cutting a weight of that size in the metric of its inputs' moment takes, the
+    moment included."""
     return 4 * size.in_features**2 + peak_bytes(size, right="moment")
 
 
 def by_channel(weights: Tensor) -> Metric:
-    """The metric in which an error counts `weights` (n,) times in each channel; a channel of weight 0 still counts a
-    little.
+    """The metric in which the error of each channel is multiplied by its entry of `weights` (n,), clamped from below.
 
     Raises ValueError where `weights` hold NaN or Inf.
     """
@@ -46,6 +46,4 @@ def by_channel(weights: Tensor) -> Metric:
 
 def _check(statistic: Tensor) -> None:
     if not math.isfinite(largest(statistic)):
-        raise ValueError(
-            "what it is given on the calibration text is, or has squares that are, no finite float32 numbers"
-        )
+        raise ValueError("its inputs on the calibration text, or their squares, are no finite float32 numbers")

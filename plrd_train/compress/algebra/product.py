@@ -1,10 +1,10 @@
-"""The product up @ down, decomposed without being formed: all but two tall products happens among k x k matrices.
+"""The product up @ down, decomposed without being formed: all but two tall products are of k x k matrices.
 
 With the Gram matrices G = (L up)^T (L up) and F = (down R) (down R)^T = C C^T (Cholesky), the eigenvalues of C^T G C
 are the squared singular values of L up down R, and with its leading eigenvectors V the best pair is (up C V) (V^T C^-1
-down): the square-root method of balanced truncation (Laub, Heath, Paige and Ward 1987) in the form of a projection.
-Bounds on what rounding may have cost are checked at each rank: in float32, then in float64, and at last by Householder
-QR of both and the SVD of the core.
+down): the square-root method of balanced truncation (Laub, Heath, Paige and Ward 1987) in the form of a projection. At
+each rank a bound on the rounding error is checked. Where it does not hold in float32, the decomposition is repeated in
+float64, and at last by Householder QR of both factors and the SVD of the core.
 """
 
 import copy
@@ -108,47 +108,47 @@ def scaled_pair(up: Tensor, down: Tensor, scale: float, error: float, metric_err
 
 
 def balancing(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The matrices a and b = a^-1 for which (up a) (b down) is balanced, of a pair with these Gram matrices, up^T up
-    and down down^T, (r, r), in float64. None where these do not tell it."""
+    """The matrices a and b = a^-1 for which (up a) (b down) is balanced, from the Gram matrices up^T up and down
+    down^T, (r, r), in float64. None where these are too ill-conditioned."""
     core = _by_gram(up, down)
     return core.pair(len(up)) if core is not None and core.skew <= ABSOLUTE / 5 else None
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The balanced pair of the same product `up` (m, r) @ `down` (r, n), both in float64, of whatever condition."""
+    """The balanced pair of the product `up` (m, r) @ `down` (r, n), both in float64, however ill-conditioned."""
     core = _ByQR.of(up, down.T)
     root = floored(core.s).sqrt()
     return core.q_up @ (core.u * (core.s / root)), (core.q_down @ (core.v * root)).T
 
 
 def rebalanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in the dtype of the pair, where its condition allows it."""
+    """The balanced pair, in the dtype of the pair where its condition allows that."""
     change = balancing(gram(up, torch.float64), gram(down.T, torch.float64))
     if change is None:
         return balanced(up.double(), down.double())
     return up @ change[0].to(up), change[1].to(down) @ down
 
 
-def _error(up: Tensor, down: Tensor, kept: Tensor) -> float:
-    """||up (I - kept) down||_F / ||up down||_F by the Gram matrices of up and down."""
-    rest = torch.eye(len(kept), dtype=kept.dtype, device=kept.device) - kept
+def _error(up: Tensor, down: Tensor, cut: Tensor) -> float:
+    """||up (I - cut) down||_F / ||up down||_F, by the Gram matrices of up and down."""
+    rest = torch.eye(len(cut), dtype=cut.dtype, device=cut.device) - cut
     lost, whole = (rest.T @ up @ rest * down).sum().item(), (up * down).sum().item()
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class _ByGram:
-    """How a pair is truncated, by Gram matrices."""
+    """A truncation of a product, by Gram matrices."""
 
     squares: Tensor  # (k,) of the singular values, descending
     vectors: Tensor
     lower: Tensor
     inverse: Tensor
-    skew: float  # what the rows of inverse @ down may be off from orthonormal
-    off: float  # what `squares` may be off by
+    skew: float  # bound on the deviation of the rows of inverse @ down from orthonormal
+    off: float  # bound on the error of `squares`
 
     def holds(self, rank: int) -> bool:
-        """Whether the cut at that rank keeps within RELATIVE and ABSOLUTE."""
+        """Whether the cut at that rank is within RELATIVE or ABSOLUTE of the optimum."""
         return self.skew <= max(RELATIVE / 4 * tail(self.squares, rank), ABSOLUTE / 5) and keeps(
             self.squares, rank, self.off
         )
@@ -161,10 +161,8 @@ class _ByGram:
 
 
 def _by_gram(up: Tensor, down: Tensor) -> _ByGram | None:
-    """Of a pair with the Gram matrices up^T up and down down^T, of which the lower triangles are given.
-
-    None where the latter is singular to rounding.
-    """
+    """The truncation of a pair with the Gram matrices up^T up and down down^T, given by their lower triangles. None
+    where the latter is singular to rounding."""
     lower, failed = torch.linalg.cholesky_ex(down)
     if failed:
         return None
@@ -190,7 +188,7 @@ def _square_norm(matrix: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _ByQR:
-    """The same by Householder QR, in float64: of a pair however ill-conditioned."""
+    """A truncation by Householder QR, in float64: of a pair however ill-conditioned."""
 
     q_up: Tensor
     r_up: Tensor
@@ -202,7 +200,7 @@ class _ByQR:
 
     @classmethod
     def of(cls, up: Tensor, down: Tensor) -> "_ByQR":
-        """Of `up` (m, k) and `down` (n, k), transposed."""
+        """Of `up` (m, k) and the transpose (n, k) of `down`."""
         q_up, r_up = torch.linalg.qr(up)
         q_down, r_down = torch.linalg.qr(down)
         u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
@@ -216,7 +214,7 @@ class _ByQR:
         return True
 
     def pair(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Not balanced: a singular value of zero gives a pair of zeros."""
+        """As `_ByGram.pair`, but not balanced: a singular value of zero gives zeros in both matrices."""
         s = self.s[:rank]
         sound = s > torch.finfo(s.dtype).eps * len(self.s) * s[0]
         return self.r_down.T @ (self.v[:, :rank] * torch.where(sound, 1 / s, 0.0)), self.u[:, :rank].T @ self.r_up

@@ -1,9 +1,9 @@
-"""A weight decomposed once, from which the best pair of factors of any rank can be cut: of a dense W, and of a product
-A·B that is never formed.
+"""A weight is decomposed once, and the best pair of factors of any rank is cut from that: for a dense W, and for a
+product A·B that is never formed.
 
-"Best" is in the Frobenius norm of L (W - up down) R. The metrics on the output side (L is the transpose of its root)
-and on the input side (R is its root) say what an error costs: whitening, activation or Fisher weights. Without them it
-is the plain norm (Eckart and Young 1936). All cost what the smaller side costs.
+"Best" means least in the Frobenius norm of L (W - up down) R. The metrics on the output side (L is the transpose of its
+root) and on the input side (R is its root) are the cost of an error: whitening, activation or Fisher weights. Without
+them it is the plain norm (Eckart and Young 1936). The cost is that of the smaller side.
 """
 
 from typing import Literal, Protocol
@@ -28,7 +28,7 @@ __all__ = [
     "peak_bytes",
 ]
 
-# How a metric is given: by a root, which is a matrix or the diagonal of one, or as a moment; or none.
+# How a metric is given: by a full or a diagonal root, or by its moment; None: no metric.
 Form = Literal["full", "diagonal", "moment", None]
 
 
@@ -44,7 +44,7 @@ class Size(Protocol):
 
 
 class Spectral(Protocol):
-    """A weight decomposed in its metrics."""
+    """The decomposition of a weight in its metrics."""
 
     @property
     def values(self) -> Tensor:

@@ -13,14 +13,15 @@ OF_ERROR = 2.5
 
 
 def split(shapes: Mapping[str, Shape], ratio: float, multiple: int, lost: Mapping[str, Tensor]) -> dict[str, int]:
-    """One budget for all Linears, 1 / `ratio` of their dense parameters, spent where a parameter saves the most.
+    """The ranks of least total loss, with at most 1 / `ratio` of the dense parameters of all Linears.
 
-    `lost[name]` (k,) is what is lost with that Linear at rank 1, 2, …, k; as it is now nothing is. Ranks are multiples
-    of `multiple`; a Linear that is better left as it is, dense or low-rank, stays so.
+    `lost[name]` (k,) is the estimated loss with that Linear at rank 1, 2, …, k; unchanged, a Linear loses nothing.
+    Ranks are multiples of `multiple`. A Linear stays unchanged, dense or low-rank, where that is best.
 
-    By one price a parameter for all of them (Lagrange), each Linear takes all steps that are worth it, and what is left
-    over goes to the steps that come next. So the total is at most the budget and less than one step below it, or what
-    there is already; where one step each is too much, it is that.
+    All Linears pay one price for a parameter (a Lagrange multiplier): each takes the rank of least loss plus price. The
+    rest of the budget then goes to the next larger ranks. So the total is at most the budget, and less than one step
+    below it. Two exceptions: it is the present total where that is within the budget, and that of one `multiple` for
+    each Linear where even that exceeds the budget.
     """
     curves = {name: _curve(shape, lost[name].double(), multiple) for name, shape in shapes.items()}
     budget = sum(shape.dense_params for shape in shapes.values()) / ratio
@@ -40,14 +41,14 @@ def split(shapes: Mapping[str, Shape], ratio: float, multiple: int, lost: Mappin
 
 
 def relative_errors(values: Tensor) -> Tensor:
-    """The relative error at rank 1, 2, …, k of the k singular values, in float64."""
+    """The relative error of cutting at rank 1, 2, …, k, by the k singular values, in float64."""
     squares = values.double().square()
     share = (squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).cumsum(0)
     return (1 - share).clamp_min(0).sqrt()
 
 
 def _curve(shape: Shape, lost: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Parameters of a Linear at each rank that it may have, the last being what it is now, and what is lost there."""
+    """The parameters of a Linear, and its loss, at each rank that it may have. The last entry is the present Linear."""
     whole = shape.params(shape.rank)
     steps = min(len(lost), shape.most_rank(whole - 1)) // multiple
     params = torch.tensor([float(shape.params(multiple * (i + 1))) for i in range(steps)], dtype=torch.float64)
@@ -57,13 +58,13 @@ def _curve(shape: Shape, lost: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
 
 
 def _at_price(curves: Mapping[str, tuple[Tensor, Tensor]], price: float) -> tuple[dict[str, int], float]:
-    """What each Linear takes at that price of a parameter, as an index into its curve, and the parameters of all."""
+    """The best index into the curve of each Linear at that price of a parameter, and the parameters of all together."""
     chosen = {name: int((lost + price * params).argmin()) for name, (params, lost) in curves.items()}
     return chosen, sum(params[chosen[name]].item() for name, (params, _) in curves.items())
 
 
 def _spend(curves: Mapping[str, tuple[Tensor, Tensor]], chosen: dict[str, int], left: float) -> None:
-    """Take further steps while one fits into what is `left`, those first that save most a parameter."""
+    """Raise ranks by single steps that fit into the parameters that are `left`, the most saving per parameter first."""
 
     def step_of(name: str) -> tuple[float, str, float]:
         params, lost = (side[chosen[name] + 1] - side[chosen[name]] for side in curves[name])

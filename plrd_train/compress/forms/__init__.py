@@ -1,8 +1,7 @@
-"""What stands in a Linear's place. One file a form, named as the form; adding a file (and its YAML in conf/form/) adds
-it.
+"""What replaces a Linear. One file a form, named as the form; adding a file (and its YAML in conf/form/) adds it.
 
-A model is trained as pairs of factors, up (out, rank) and down (rank, in), whatever the form, and the trunk goes from
-stage to stage so. A form says what a rank costs, and what a pair becomes when it is published.
+Whatever the form, a model is trained as pairs of factors, up (out, rank) and down (rank, in), and goes from stage to
+stage as such. A form says what a rank costs, and how a pair is stored when it is published.
 """
 
 import functools
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from plrd_train.registry import Registry
 
-# What a pair of factors is made of; the bias is that of the Linear, where it has one.
+# The parameters of a pair of factors; up.bias is the bias of the Linear, where it has one.
 PARTS = ("down.weight", "up.weight", "up.bias")
 
 
@@ -21,15 +20,15 @@ class Form(Protocol):
     """What each file here defines, as functions of the module, and the class `Linear`."""
 
     Linear: type[nn.Module]
-    """The module of a published model: Linear(in_features, out_features, rank, bias). Its file imports torch and
-    neighbours of this package alone, since it travels inside members."""
+    """The module of a published model: Linear(in_features, out_features, rank, bias). Members hold a copy of its file,
+    which therefore imports torch and linear.py alone."""
 
     PACKS: bool
-    """Whether `pack` changes a pair."""
+    """Whether `pack` changes the factors."""
 
     @staticmethod
     def params(out_features: int, in_features: int, rank: int) -> int:
-        """Parameters at that rank, as a ratio counts them."""
+        """Parameters at that rank, as the ratio of a model counts them."""
         ...
 
     @staticmethod
@@ -39,28 +38,29 @@ class Form(Protocol):
 
     @staticmethod
     def pack(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair of the same product that the form can store as it is, both float32."""
+        """The factors of the same product in the shape in which the form can store them, both float32. Raises
+        ValueError where there are none."""
         ...
 
     @staticmethod
     def pack_bytes(out_features: int, in_features: int, rank: int) -> int:
-        """What packing a pair takes beyond the pair."""
+        """The most bytes that packing a pair takes beside the pair."""
         ...
 
     @staticmethod
     def stored(part: str, tensor: Tensor) -> dict[str, Tensor]:
-        """What `tensor`, the `part` (up.weight, down.weight or up.bias) of a packed pair, is in the state of
-        `Linear`."""
+        """The entries in the state of `Linear` that store `tensor`, which is the `part` (up.weight, down.weight or
+        up.bias) of a packed pair."""
         ...
 
     @staticmethod
     def loaded(part: str, state: Callable[[str], Tensor]) -> Tensor:
-        """That part of a packed pair again, from the `state` of `Linear` by name."""
+        """That part of a packed pair, from the entries of the state of `Linear`."""
         ...
 
 
 def split(name: str, linears: Collection[str]) -> tuple[str, str] | None:
-    """(Linear, part) of the name of a parameter that is a part of the pair of one of `linears`; None: it is none."""
+    """(Linear, part) where `name` is that of a parameter of the pair of one of `linears`; else None."""
     for part in PARTS:
         linear = name.removesuffix(f".{part}")
         if linear != name and linear in linears:

@@ -1,9 +1,10 @@
-"""`pifa`: r rows of the rank-r matrix as they are, and the others as combinations of these (pivoting factorization,
-arXiv 2501.19090).
+"""`pifa`: r rows of the rank-r matrix, and the other rows as combinations of these (pivoting factorization, arXiv
+2501.19090).
 
-Of W = up @ down of rank r, r rows W_p are independent, and W = F W_p, where r rows of F are those of the identity. So
-W_p (r, in) and the other rows C of F (out - r, r) are stored: r (out + in - r) parameters and as many multiplications
-in place of r (out + in), and the same matrix, exactly. A packed pair is up = F, down = W_p.
+A matrix W = up @ down of rank r has r independent rows W_p, the pivots, and W = F W_p, where r rows of F are those of
+the identity. Stored are W_p (r, in) and the other rows C (out - r, r) of F. That is r (out + in - r) parameters, and as
+many multiplications a token, in place of r (out + in), for exactly the same matrix. A packed pair is up = F, down =
+W_p.
 """
 
 import math
@@ -13,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 PACKS = True
-# A swap of pivots is worth while as long as an entry of C is larger than this. Small entries keep rounding small.
+# Pivots are swapped while an entry of C is larger than this, since small entries keep rounding errors small.
 LARGEST = 1.1
 
 
 class Linear(nn.Module):
-    """y = order(basis(x), combine(basis(x))) + bias: a Linear of which `rank` rows are stored, and the others combined.
+    """y = [basis(x), combine(basis(x))][order] + bias: a Linear that stores `rank` rows, and how the others combine
+    them.
 
-    `basis.weight` is (rank, in_features), `combine.weight` (out_features - rank, rank); `order` (out_features,) int32
-    says for each output where it stands among those of `basis`, and of `combine` behind them.
+    `basis.weight` is (rank, in_features), `combine.weight` (out_features - rank, rank). `order` (out_features,) int32
+    is the index of each output in the concatenation of both.
     """
 
     order: Tensor
@@ -42,8 +44,8 @@ class Linear(nn.Module):
         return self.basis.out_features + self.combine.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = self.basis(x)
-        y = torch.cat([kept, self.combine(kept)], dim=-1).index_select(-1, self.order)
+        pivots = self.basis(x)
+        y = torch.cat([pivots, self.combine(pivots)], dim=-1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -66,8 +68,9 @@ def most_rank(out_features: int, in_features: int, params: float) -> int:
 
 
 def pack(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """F and W_p, in float64 until the end. Pivots are those of an LU decomposition with partial pivoting of an
-    orthonormal basis of the columns, then swapped while that makes their determinant larger by more than `LARGEST`."""
+    """F and W_p, computed in float64. The first pivots are those of an LU decomposition with partial pivoting of an
+    orthonormal basis of the columns. They are swapped while a swap multiplies their determinant by more than
+    `LARGEST`."""
     rank = up.shape[1]
     basis = torch.linalg.qr(up.double()).Q
     swaps = torch.linalg.lu_factor(basis).pivots.tolist()
@@ -76,7 +79,7 @@ def pack(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         rows[i], rows[j - 1] = rows[j - 1], rows[i]
     pivots = torch.tensor(rows[:rank], device=up.device)
     combined = torch.linalg.solve(basis[pivots], basis, left=False)
-    for _ in range(len(up)):  # each swap multiplies the determinant, so that they end; far fewer are needed
+    for _ in range(len(up)):  # it ends, as each swap raises the determinant; far fewer swaps are needed
         largest = combined.abs().argmax()
         row, column = int(largest // rank), int(largest % rank)
         if combined[row, column].abs() <= LARGEST:
@@ -85,14 +88,13 @@ def pack(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         step[column] -= 1
         combined = torch.addr(combined, combined[:, column], step / combined[row, column], alpha=-1)
         pivots[column] = row
-    kept = (up.double()[pivots] @ down.double()).float()
+    rows_of_pivots = (up.double()[pivots] @ down.double()).float()
     combined[pivots] = torch.eye(rank, dtype=combined.dtype, device=up.device)
-    return combined.float(), kept
+    return combined.float(), rows_of_pivots
 
 
 def pack_bytes(out_features: int, in_features: int, rank: int) -> int:
-    """In float64 `up`, its basis, the combined rows and their next step, and both sides of the product of the kept
-    rows."""
+    """In float64: `up`, its basis, the combined rows and their next step, and both factors of the pivot rows."""
     return 8 * (4 * out_features * rank + 2 * rank * in_features)
 
 
@@ -121,8 +123,8 @@ def loaded(part: str, state: Callable[[str], Tensor]) -> Tensor:
 
 
 def _pivots(up: Tensor) -> Tensor:
-    """For each column of a packed `up` the first row that is that row of the identity. Raises ValueError where there is
-    none."""
+    """For each column of a packed `up`, the first row that is the row of the identity with its 1 there. Raises
+    ValueError where there is none."""
     is_unit = (up != 0).sum(1) == 1
     columns = torch.where(is_unit, up.argmax(1), -1)
     ones = up.max(1).values == 1

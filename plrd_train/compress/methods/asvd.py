@@ -1,4 +1,4 @@
-"""`asvd`: the best pair where an error counts by how large its input channel is (ASVD, arXiv 2312.05821, section
+"""`asvd`: the best pair with errors weighted by the magnitude of the input channels (ASVD, arXiv 2312.05821, section
 3.2)."""
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from plrd_train.compress.ranks import Shape
 
 @dataclass(frozen=True)
 class Method:
-    """An input channel counts by its mean magnitude on `calibration_tokens` of the training corpus, to the power
+    """The weight of an input channel is its mean magnitude on `calibration_tokens` of the training corpus, to the power
     `alpha` (0.5 in the paper)."""
 
     sequential: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""`fisher`: the best pair where an error counts by how much the loss depends on its input channel (FWSVD, arXiv
+"""`fisher`: the best pair with errors weighted by how much the loss depends on the input channels (FWSVD, arXiv
 2207.00112, section 3).
 
 The paper weights the rows of W in y = x W, which are the columns of a Linear's weight.
@@ -16,8 +16,8 @@ from plrd_train.compress.ranks import Shape
 
 @dataclass(frozen=True)
 class Method:
-    """An input channel counts by the root of its empirical Fisher information on `calibration_tokens` of the training
-    corpus."""
+    """The weight of an input channel is the root of its empirical Fisher information on `calibration_tokens` of the
+    training corpus."""
 
     sequential: ClassVar[bool] = False
     statistic: ClassVar[str | None] = "gradients"

@@ -1,16 +1,16 @@
-"""`refined`: each Linear anchored to what it gave, then the factors of a block adjusted together (AA-SVD, arXiv
-2604.02119).
+"""`refined`: each Linear is anchored to its original outputs, then the factors of a block are trained together (AA-SVD,
+arXiv 2604.02119).
 
-With x what a Linear is given in the model as it was and x' what it is given once all before it is factored, its pair is
-the one that minimises E||W x - up down x'||^2 (its anchored and adaptive objective): of the rank asked for, the nearest
-to W A, A = E[x x'^T] E[x' x'^T]^-1, in the metric of x'. Then all factors of the block are trained for some passes over
-the text, by Adam, on the squared error of the block's output, given what the blocks before it give now, against what
-the block as it was gives of what it was given. "As it was" is at the start of the stage: in the first stage the parent;
-in a later one the trunk, which has been trained since, and that is what there is to keep.
+Let x be the input of a Linear in the original model, and x' its input once everything before it is factored. The pair
+minimises E||W x - up down x'||^2 (the paper's anchored and adaptive objective). So it is the pair nearest to W A, A =
+E[x x'^T] E[x' x'^T]^-1, in the metric of x'. Then all factors of the block are trained by Adam, for some passes over
+the text, on the squared error between the outputs of the factored block on its present inputs and those of the original
+block on the original inputs. The original model is that at the start of the stage: the parent in the first stage, the
+trained trunk in later ones.
 
-The paper also trains the norms of the block. Here they stay, as do biases and Linears that keep their rank: what scales
-the input of a Linear can move into its `down` factor. The paper's learning rate is one number; here that of each factor
-is relative to the factor's own entries.
+The paper also trains the norms of the block. Here they stay fixed, as do biases and Linears that keep their rank: a
+scale of a Linear's input can move into its `down` factor. The paper has one learning rate; here that of each factor is
+relative to its entries.
 """
 
 import time
@@ -32,9 +32,8 @@ from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.steps import Step, factor_step, input_of, steps, total_tokens
 
-# What counts as evidence that a channel is what it was, as a share of what the text gives of that channel. It lies well
-# above the rounding of sums in float32, which is relative to the channels too; and a massive activation in one of them
-# blurs no other.
+# Ridge that pulls A towards the identity, relative to the second moment of each channel. It is well above the rounding
+# of float32 sums, which is relative to the channels too; and a massive activation in one channel blurs no other.
 RIDGE = 1e-5
 BETAS = (0.9, 0.95)
 WARMUP = 0.1  # share of a block's steps
@@ -42,9 +41,10 @@ WARMUP = 0.1  # share of a block's steps
 
 @dataclass(frozen=True)
 class Method:
-    """`calibration_tokens` of the training corpus tell the inputs and are what each block is trained on, in `epochs`
-    passes of steps of about `batch_tokens` over all ranks. A step at the peak moves an entry of a factor by about
-    `rate` times the root mean square of its entries. With 0 epochs the pairs stay as they are found in closed form."""
+    """The inputs are those on `calibration_tokens` of the training corpus. Each block is trained on them in `epochs`
+    passes, in steps of about `batch_tokens` tokens over all ranks. At the peak of the learning rate a step moves an
+    entry of a factor by about `rate` times the root mean square of its entries. With 0 epochs the pairs are those of
+    the closed form."""
 
     sequential: ClassVar[bool] = True
     keeps_original: ClassVar[bool] = True
@@ -91,16 +91,16 @@ class Method:
         }
 
     def _anchored(self, linear: nn.Module, moment: Tensor, cross: Tensor) -> Spectral:
-        """A Linear W of a block as W A in the metric of its inputs now, of which E[x' x'^T] is the `moment` and E[x
-        x'^T] the `cross` moment."""
+        """W A decomposed in the metric of x', for a Linear W of a block; `moment` is E[x' x'^T], `cross` is E[x x'^T],
+        both (in, in)."""
         if isinstance(linear, LowRankLinear):
             return self.product(linear.up.weight, _anchored(linear.down.weight, moment, cross), moment)
         assert isinstance(linear, nn.Linear)
         return self.dense(_anchored(linear.weight, moment, cross), moment)
 
     def _refine(self, engine: Shards, original: Block, block: Block, linears: Sequence[str]) -> None:
-        """Train the factors of the block's `linears`; where the outputs are no nearer to those of `before` after it,
-        they are put back."""
+        """Train the factors of the block's `linears`. They are restored where the outputs have come no nearer to those
+        of the original block."""
         targets = original.outputs()
         factors = _factors(block, linears)
         if not (self.epochs and factors):
@@ -134,12 +134,11 @@ class Method:
 
 
 def anchoring(moment: Tensor, cross: Tensor) -> Tensor:
-    """A = cross moment^-1 (n, n) in float64, which makes of the inputs now those before, as well as that goes; the
-    identity where the text does not tell. Raises ValueError where they hold NaN or Inf."""
+    """A = cross moment^-1 (n, n) in float64: the linear map from the present to the original inputs of least squared
+    error, and the identity in directions that the text does not show. Raises ValueError where a moment holds NaN or
+    Inf."""
     if not (torch.isfinite(moment).all() and torch.isfinite(cross).all()):
-        raise ValueError(
-            "what it is given on the calibration text is, or has squares that are, no finite float32 numbers"
-        )
+        raise ValueError("its inputs on the calibration text, or their squares, are no finite float32 numbers")
     moment, cross = moment.to(torch.float64, copy=True), cross.to(torch.float64, copy=True)
     squares = moment.diagonal().clone()
     ridge = RIDGE * squares.clamp_min(FLOOR * squares.max().item() or 1.0)
@@ -157,8 +156,8 @@ def _anchored(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
 def _moments(
     engine: Shards, original: Block, block: Block, step: Step, shapes: Mapping[str, Shape]
 ) -> tuple[Tensor, Tensor]:
-    """E[x' x'^T] and E[x x'^T], (in, in), of what the Linears of the step are given in `block` and `before`, on their
-    owners; nothing elsewhere."""
+    """E[x' x'^T] and E[x x'^T], (in, in), of the inputs of the step in `block` and in `original`, on the owners; empty
+    tensors on other ranks. A collective."""
     linear, size = step.linears[0], shapes[step.names[0]].in_features
     sums, count = torch.zeros(2, size, size, device=engine.device), 0
     for batch in range(len(block.inputs)):
@@ -175,16 +174,15 @@ def _moments(
 
 
 def _factors(block: Block, linears: Sequence[str]) -> list[nn.Parameter]:
-    """The factors of these Linears, which alone of the block are trained from here on."""
+    """The factors of these Linears; no other parameter of the block requires a gradient from here on."""
     block.module.requires_grad_(False)
     modules: list[Any] = [block.module.get_submodule(linear) for linear in linears]
     return [factor.requires_grad_() for module in modules for factor in (module.up.weight, module.down.weight)]
 
 
 def _parts(engine: Shards, targets: Sequence[Tensor], count: int) -> list[tuple[range, int]]:
-    """Deal the text into about `count` steps: of each the batches of this rank, and the tokens of all ranks. With the
-    sequences dealt in turn to the ranks, a step is of the same text on any number of ranks that its batches divide
-    among."""
+    """The text in about `count` steps, each as this rank's batches and the number of tokens on all ranks. Where the
+    sequences are dealt in turn, a step has the same text on any number of ranks that divides its sequences."""
     count = max(min(count, max(engine.share(len(targets)))), 1)
     own = [range(i * len(targets) // count, (i + 1) * len(targets) // count) for i in range(count)]
     tokens = engine.share([sum(targets[batch].shape[:2].numel() for batch in batches) for batches in own])
@@ -192,7 +190,7 @@ def _parts(engine: Shards, targets: Sequence[Tensor], count: int) -> list[tuple[
 
 
 def _add_up(engine: Shards, factors: Sequence[nn.Parameter]) -> None:
-    """Let every rank have the sum of the ranks' gradients."""
+    """Replace the gradients by their sum over the ranks. A collective."""
     if engine.world_size > 1:
         flat = torch.cat(
             [(torch.zeros_like(factor) if factor.grad is None else factor.grad).flatten() for factor in factors]
@@ -203,7 +201,7 @@ def _add_up(engine: Shards, factors: Sequence[nn.Parameter]) -> None:
 
 
 def _error(engine: Shards, block: Block, targets: Sequence[Tensor]) -> float:
-    """The squared error of the block's outputs over all ranks."""
+    """The squared error of the block's outputs over all ranks. A collective."""
     total: float = sum(engine.share(_square(block.run(batch) - target for batch, target in enumerate(targets))))
     return total
 
@@ -217,7 +215,7 @@ def _rms(factor: Tensor) -> float:
 
 
 def _rel_error(original: Block, block: Block, name: str) -> float:
-    """||W - up down||_F / ||W||_F of the Linear of that name, W being as it was."""
+    """||W - up down||_F / ||W||_F of the Linear of that name; W is its weight in the original block."""
 
     def weight(module: Any) -> Tensor:
         return module.up.weight @ module.down.weight if isinstance(module, LowRankLinear) else module.weight

@@ -1,10 +1,9 @@
 """`rom`: the principal components of each Linear's outputs, in order (reduced order modelling, LLM-ROM, arXiv
 2312.07046, section 2).
 
-With the eigenvectors V of E[y y^T], y = W x, on calibration text, W ≈ V_r (V_r^T W), where x is what the Linear is
-given once those before it are factored. That is the pair whose outputs are nearest to the Linear's own, and is found as
-such, without the outputs themselves, by the moment of x. The two factors come out balanced, where the paper leaves V_r
-orthonormal.
+W ≈ V_r (V_r^T W), with the leading eigenvectors V_r of E[y y^T], y = W x, on calibration text. x is the input of the
+Linear once the Linears before it are factored. That is the pair whose outputs are nearest to those of the Linear, and
+it is computed as such from the second moment of x. The two factors are balanced; the paper leaves V_r orthonormal.
 """
 
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from plrd_train.compress.steps import factor_by_statistic
 
 @dataclass(frozen=True)
 class Method:
-    """`calibration_tokens` of the training corpus tell the inputs."""
+    """The inputs are those on `calibration_tokens` of the training corpus."""
 
     sequential: ClassVar[bool] = True
     keeps_original: ClassVar[bool] = False

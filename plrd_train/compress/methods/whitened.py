@@ -1,9 +1,9 @@
-"""`whitened`: the pair whose outputs are nearest to the Linear's own on calibration text (the objective of SVD-LLM,
+"""`whitened`: the pair whose outputs are nearest to those of the Linear on calibration text (the objective of SVD-LLM,
 arXiv 2403.07378, section 3.2).
 
-The paper takes the Cholesky factor of the inputs' second moment, which does not exist where that is singular, as on
-less text than there are channels; here it is a root by eigendecomposition with clipped eigenvalues then, and for a
-Linear with more inputs than outputs the moment itself serves. The optimum is the same.
+The paper takes the Cholesky factor of the inputs' second moment. It does not exist where the moment is singular, as on
+fewer tokens than channels; then the root comes from an eigendecomposition with clipped eigenvalues. For a Linear with
+more inputs than outputs no root is needed. The optimum is the same.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from plrd_train.compress.ranks import Shape
 
 @dataclass(frozen=True)
 class Method:
-    """`calibration_tokens` of the training corpus tell the inputs; in each stage those of the model as it is then."""
+    """The inputs are those on `calibration_tokens` of the training corpus, in each stage of the model at its start."""
 
     sequential: ClassVar[bool] = False
     statistic: ClassVar[str | None] = "inputs"

@@ -1,10 +1,11 @@
-"""What engines see of a model: its parameters by shape, module and block."""
+"""What engines and optimizers see of a model: its parameters by shape, module and block."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from plrd_train.compress.blocks import blocks_of
@@ -36,21 +37,34 @@ class Structure:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Structure":
-        names = list(blocks_of(model))
-        parameters, by_identity = [], {}
-        for name, parameter in model.named_parameters():
-            block = next((block for block in names if name.startswith(f"{block}.")), "")
-            parameters.append(Parameter(name, tuple(parameter.shape), name.rpartition(".")[0], block))
-            by_identity[id(parameter)] = parameters[-1]
+        parameters = parameters_of(model)
+        by_name = {parameter.name: parameter for parameter in parameters}
+        by_identity = {id(parameter): by_name[name] for name, parameter in model.named_parameters()}
         modules = {
             name: tuple(by_identity[id(p)] for p in module._parameters.values() if p is not None)
             for name, module in model.named_modules()
         }
-        return cls(tuple(parameters), modules)
+        return cls(parameters, modules)
 
     @property
     def numel(self) -> int:
         return sum(parameter.numel for parameter in self.parameters)
+
+
+def parameters_of(
+    model: nn.Module, shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape
+) -> tuple[Parameter, ...]:
+    """The parameters of `model`, tied ones once; `shape` says that of one, where an engine has replaced it."""
+    blocks = list(blocks_of(model))
+    return tuple(
+        Parameter(
+            name,
+            tuple(shape(parameter)),
+            name.rpartition(".")[0],
+            next((block for block in blocks if name.startswith(f"{block}.")), ""),
+        )
+        for name, parameter in model.named_parameters()
+    )
 
 
 def add(*parts: Mapping[str, float]) -> Parts:
