@@ -1,11 +1,10 @@
-"""Members of a parent without any training: each Linear is read, factored and written, and the next one taken, on one
-process.
+"""Members without any training, on one process: read a Linear, factor it, write it, take the next.
 
-Every member is factored from the parent itself. What a method needs to know of a Linear comes from a walk over the
-parent's blocks (`plrd_train.compress.blocks`), one of which is in memory at a time, and a decomposition serves all
-members. Three things need the whole parent in memory, as float32: gradients (`fisher`), measured losses
-(`ranks=sensitivity`), and inputs where the parent's blocks cannot be run one by one; and ranks that depend on the
-spectra keep what is decomposed until the last spectrum is known.
+Every member is factored from the parent itself, and one decomposition serves all members. A method gets its statistics
+from a walk over the parent's blocks (`plrd_train.compress.blocks`) with one block in memory at a time. Three things
+need the whole parent in memory, in float32: gradients (`fisher`), measured losses (`ranks=sensitivity`), and parents
+whose blocks cannot be run one by one. Allocations that depend on the spectra hold all decompositions until the last
+one is known.
 """
 
 import ctypes
@@ -46,7 +45,7 @@ Text = Callable[[int], Sequence[Tensor]]
 
 @dataclass
 class _Whole(Alone):
-    """A parent that is in memory, and can run."""
+    """A parent that is whole in memory and can run."""
 
     model: Any = None
 
@@ -103,12 +102,12 @@ class OneShot:
         except DecompositionError as error:
             raise UserError(f"{self._parent.path}: {error}") from None
 
-    # How members come about
+    # Making the members
 
     def _together(
         self, members: Mapping[Path, Ranks], made: Iterator[tuple[int, Decomposed]]
     ) -> Iterator[tuple[MemberWriter, Ranks]]:
-        """By a method that looks at each Linear by itself: all members grow at once."""
+        """By a method that factors each Linear by itself: all members are written at once."""
         with ExitStack() as stack:
             writers = [stack.enter_context(closing(self._writer(folder, ranks))) for folder, ranks in members.items()]
             with console.progress("factor", sum(map(len, members.values())), "weights") as bar:
@@ -119,7 +118,7 @@ class OneShot:
                 yield self._complete(writer, ranks)
 
     def _one_by_one(self, members: Mapping[Path, Ranks], source: Source) -> Iterator[tuple[MemberWriter, Ranks]]:
-        """By a method that takes the Linears in order: one member is complete before the next one begins."""
+        """By a method that takes the Linears in order: one member after the other."""
         for folder, ranks in members.items():
             with (
                 closing(self._writer(folder, ranks)) as writer,
@@ -147,7 +146,7 @@ class OneShot:
         writer.add(f"{linear}.down.weight", down)
 
     def _complete(self, writer: MemberWriter, ranks: Ranks) -> tuple[MemberWriter, Ranks]:
-        """Add what is not factored, as the parent has it."""
+        """Copy what is not factored from the parent."""
         for linear in model_ranks(self.hub_config).keys() - changes(self.shapes, ranks).keys():
             up, down = (self._reader.read(f"{linear}.{part}").float() for part in ("up.weight", "down.weight"))
             self._write(writer, linear, up, down)
@@ -158,10 +157,10 @@ class OneShot:
         writer.finish()
         return writer, ranks
 
-    # What they are made from
+    # The source
 
     def _source(self, needs: Needs) -> Source:
-        """The whole parent in memory where it must run as such; else one block or Linear of it at a time."""
+        """The whole parent in memory where that is needed; else one block or Linear of it at a time."""
 
         @contextmanager
         def shown(title: str, total: int) -> Iterator[Callable[[], object]]:
@@ -177,7 +176,7 @@ class OneShot:
 
 
 def _give_back_what_is_freed() -> None:
-    """Let this process return each block of 4 MiB and more to the system once it is freed. By itself glibc keeps those
-    of up to 32 MiB, such as activations, for what comes later: half as much again as what is in use at the peak."""
+    """Make malloc return each block of 4 MiB and more to the system when it is freed. By default glibc keeps freed
+    blocks of up to 32 MiB, such as activations, which raises the peak by half."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**22)

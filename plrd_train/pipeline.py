@@ -8,93 +8,69 @@ factors and the depth never grows.
 
 import time
 
-from plrd_train.compress.ranks import ratio_of
-from plrd_train.compression import factor
-from plrd_train.family import Family, Member
-from plrd_train.recover.progress import Progress, UnderWay
+from plrd_train.family import Family
+from plrd_train.recover.checkpoint import Snapshot
+from plrd_train.recover.progress import Progress
 from plrd_train.run import Run, Stage
+from plrd_train.stages.compress import compress
+from plrd_train.stages.evaluate import evaluate
+from plrd_train.stages.publish import publish
+from plrd_train.stages.recover import recover
+from plrd_train.stages.resume import resume
 
 
 def make_family(run: Run) -> Family:
-    """Make every member that `run` asks for and that is not there yet, going on from where it was stopped."""
-    progress = run.resume()
+    """Make every member that `run` asks for and that is not there yet, from where the run was stopped."""
+    progress, trunk = resume(run)
     if progress.entry and not run.family.has(progress.entry.name):
-        publish(run, progress)  # stopped between the end of its training and here
+        evaluate_and_publish(run, progress)  # stopped between the end of its training and here
         run.load_trunk(progress)
     for stage in run.stages[progress.stages :]:
-        progress = make_member(run, stage, progress)
+        progress, trunk = make_member(run, stage, progress, trunk), None
     return run.family
 
 
-def make_member(run: Run, stage: Stage, progress: Progress) -> Progress:
-    """One stage: the trunk in the engine becomes the next, smaller trunk, and a member of it is published."""
+def make_member(run: Run, stage: Stage, progress: Progress, trunk: Snapshot | None) -> Progress:
+    """One stage: the trunk in the engine becomes the next, smaller trunk, and a member of it is published. `trunk` is
+    given where the stage goes on in its branch, which then is in the engine."""
     run.stop_if_asked(f"before stage {stage.index}")
     under_way = progress.under_way or compress(run, stage, progress)
-    recovered, seconds = run.recover(stage, progress, under_way)
+    recovered, seconds = recover(run, stage, progress, under_way, trunk)
     spent = recovered.trunk_tokens + recovered.branch_tokens
-    assert under_way.entry is not None
-    entry = under_way.entry.model_copy(
-        update={
-            "tokens_stage": spent,
-            "tokens_total": run.counters.tokens_total,
-            "tokens_lineage": progress.tokens_lineage + spent,
-            "seconds": {**under_way.entry.seconds, "recover": seconds},
-        }
-    )
+    factored = under_way.entry
+    assert factored is not None
+    trained = {
+        "tokens_stage": spent,
+        "tokens_total": run.counters.tokens_total,
+        "tokens_lineage": progress.tokens_lineage + spent,
+        "seconds": {**factored.seconds, "recover": seconds},
+    }
     progress = Progress(
         stages=stage.index,
         counters=run.counters.now(),
         position=run.position(),
         tokens_lineage=progress.tokens_lineage + recovered.trunk_tokens,
         ranks=under_way.ranks,
-        entry=entry,
+        entry=factored.model_copy(update=trained),
         branched=recovered.member is not None,
     )
     trunk = run.engine.snapshot()
     run.checkpoints.save(progress, trunk, recovered.member)
     if recovered.member is not None:
         run.engine.restore(recovered.member)
-    publish(run, progress)
+    evaluate_and_publish(run, progress)
     if recovered.member is not None:
         run.engine.restore(trunk)
     return progress
 
 
-def compress(run: Run, stage: Stage, progress: Progress) -> UnderWay:
-    """Factor the trunk in the engine to the ranks of `stage`. Returns the stage as it begins to train."""
+def evaluate_and_publish(run: Run, progress: Progress) -> None:
+    """Measure the member in the engine with its weights as published, write its folder, and list it in family.json."""
+    member = progress.entry
+    assert member is not None
+    run.stop_if_asked(f"before member {member.name} is published")
     start = time.perf_counter()
-    shapes = run.shapes()
-    wanted, factors = factor(run, stage, progress, shapes)
-    ranks = {**progress.ranks, **wanted}
-    run.engine.rebuild(run.architecture(ranks), factors)
-    del factors  # which the engine holds now
-    seconds = {"factor": time.perf_counter() - start}
-    entry = Member(
-        name=stage.name,
-        ratio_requested=stage.ratio,
-        ratio=ratio_of(shapes, wanted),
-        params=run.engine.params()
-        - sum(shape.pair_params(wanted.get(name)) - shape.params(wanted.get(name)) for name, shape in shapes.items()),
-        linear_params=sum(shape.params(wanted.get(name)) for name, shape in shapes.items()),
-        form=run.config.form.name,
-        ranks=wanted,
-        path=f"members/{stage.name}",
-        made_from=progress.entry.name if progress.entry else "parent",
-        engine=run.config.engine.name,
-        world_size=run.world.size,
-        seconds=seconds,
-        eval_factored=run.evaluate("straight after factoring", stage),
-    )
-    return UnderWay(entry, ranks)
-
-
-def publish(run: Run, progress: Progress) -> None:
-    """Evaluate the member in the engine on its weights as published, write its folder, and list it in family.json."""
-    entry = progress.entry
-    assert entry is not None
-    run.stop_if_asked(f"before member {entry.name} is published")
-    start = time.perf_counter()
-    scores = run.evaluate("after recovery", run.stages[progress.stages - 1])
-    seconds = {**entry.seconds, "evaluate": time.perf_counter() - start}
+    scores = evaluate(run, "after recovery", run.stages[progress.stages - 1])
+    seconds = {**member.seconds, "evaluate": time.perf_counter() - start}
     run.checkpoints.wait()  # from here on a restart trains no more
-    run.publish(entry.model_copy(update={"eval": scores, "seconds": seconds}), progress.ranks)
+    publish(run, member.model_copy(update={"eval": scores, "seconds": seconds}), progress.ranks)

@@ -17,7 +17,7 @@ from plrd_train.errors import UserError
 from plrd_train.parents.models import HubArchitecture, build_model, check_attention, described
 from plrd_train.parents.parent import Parent
 from plrd_train.parents.settings import Scratch
-from plrd_train.publish.members import publish
+from plrd_train.publish.members import write_model
 from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.guard import Guard, Judged
 from plrd_train.recover.pauses import Pauses
@@ -129,7 +129,7 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
         engine.restore(trained.member)
     card = CARD.format(params=engine.params(), tokens=scratch.tokens, corpus=config.data.train)
     source = Parent(config.parent.path, None, str(tokenizer_folder), {})
-    publish(engine, folder, config=model_config, ranks={}, dtype=torch.float32, parent=source, card=card)
+    write_model(engine, folder, config=model_config, ranks={}, dtype=torch.float32, parent=source, card=card)
     world.on_main(checkpoints.remove)
 
 

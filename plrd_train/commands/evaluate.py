@@ -67,9 +67,9 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     home = folder if is_family else family_of(folder)
     source = read(home) if home else None
     config = from_mapping(source) if source else None
-    family = Family.read(home) if home else None
-    parent = None
-    if family and home and (is_family or further):
+    family = parent = None
+    if home and (is_family or further):
+        family = Family.read(home)
         path, revision = lies_at(family.parent.path, home, config), family.parent.revision or "main"
         parent = find(path, revision, remote_code=remote_code)
     if is_family:  # all models are found before the first is measured
@@ -152,7 +152,10 @@ def _further(names: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
         name, _, setting = key.partition(".")
         if not equals or not setting or name not in further:
             raise UserError(f"{override}: no setting of what --with names; give NAME.KEY=VALUE")
-        further[name][setting] = yaml.safe_load(value)
+        try:
+            further[name][setting] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{override}: this value cannot be read; quote text") from None
     return further
 
 

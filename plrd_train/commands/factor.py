@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plrd_train.commands._arguments import add_remote_code, given_folder, given_path, number
+from plrd_train.compress.forms import FORMS
+from plrd_train.compress.methods import METHODS
 from plrd_train.errors import UserError
 from plrd_train.family import Family, Member, ParentRecord, Scores
 from plrd_train.tracking import console
@@ -23,9 +25,9 @@ if TYPE_CHECKING:
 HELP = "factor a parent without training, on this one process: a family of its members"
 EXAMPLES = ("plrd factor meta-llama/Llama-2-7b-hf runs/rom --method rom --budget 0.8 --calibration texts/",)
 
-# Where the keys of the main job do not suit: LLM-ROM's sequences, as many of them at once as a CPU likes.
+# Defaults that differ from the main job's: LLM-ROM's sequence length, and a batch that suits a CPU.
 _OWN = ("data.seq_len=128", "recover.micro_batch=8")
-# What there is to choose by KEY=VALUE: all else of the main job means nothing here.
+# The keys that KEY=VALUE may set; the others of the main job have no meaning here.
 _KEYS = (
     *("factorizer.", "ranks.", "linears.", "evaluation.", "recover.micro_batch", "seed"),
     *(f"data.{key}" for key in ("seq_len", "streams", "append_eos", "skip_bad", "revision")),
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="further keys of conf/, as factorizer.epochs=8 data.seq_len=2048",
     )
     parser.add_argument(
-        "--method", metavar="M", required=True, help="as factorizer= of the main job: svd, whitened, rom, refined, …"
+        "--method", metavar="M", required=True, help=f"factorizer= of the main job: {', '.join(METHODS.names())}"
     )
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument(
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--form",
         metavar="FORM",
         default="lowrank",
-        help="what stands in a Linear's place: lowrank or pifa (default: %(default)s)",
+        help=f"what stands in a Linear's place: {', '.join(FORMS.names())} (default: %(default)s)",
     )
     parser.add_argument(
         "--ranks", metavar="ALLOCATION", default="uniform", help="uniform, energy or sensitivity (default: %(default)s)"
@@ -74,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Make the members that `given` asks for, those that are not there yet. Raises UserError."""
+    """Make the members that `given` asks for and that do not exist yet. Raises UserError."""
     from transformers.utils import logging
 
     from plrd_train.data.corpus import overlap, resolve_corpus
@@ -126,12 +128,12 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         if held_out:
             scores = _perplexity(given, config, held_out, str(writer.draft), name)
             made = made.model_copy(update={"eval": scores, "eval_factored": scores})
-        writer.publish(member_card(made, family.parent, made_by))
+        writer.commit(member_card(made, family.parent, made_by))
         family.members.append(made)
         family.write()
         oneshot.kept.clear()
         start = time.perf_counter()
-    oneshot.kept.clear()  # what a process left that was killed right behind its last member
+    oneshot.kept.clear()  # a process killed just after its last member leaves some
     write_report(family.folder)
     if not given.json:
         console.family_table(family)
@@ -162,7 +164,7 @@ def _config(given: argparse.Namespace) -> Config:
 
 
 def _check_parent(given: argparse.Namespace, config: Config, parent: Parent) -> None:
-    """Raise UserError where this parent cannot be what is asked for, and say what of it stays whole."""
+    """Raise UserError where the parent does not allow what is asked for, and print what of it stays whole."""
     from plrd_train.parents.parent import load_config
     from plrd_train.parents.reach import check_lengths, notes
 

@@ -16,7 +16,7 @@ add_arguments = add_family
 def run(given: argparse.Namespace) -> dict[str, Any]:
     from plrd_train.report.page import write_report
 
-    path = write_report(given.family).resolve()
+    path = write_report(given.family)[0].resolve()
     if not given.json:
         console.say(str(path))
     return {"report": str(path)}

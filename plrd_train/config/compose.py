@@ -48,11 +48,11 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
     jobs: list[Any] = []
     failures: list[Exception] = []
 
-    def resolve(config: DictConfig) -> None:  # called by Hydra, as long as `${hydra:job.num}` means something
+    def resolve(config: DictConfig) -> None:  # Hydra calls it while `${hydra:job.num}` can be resolved
         try:
             expand_paths(config)
             jobs.append(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-        except Exception as error:  # Hydra would print it
+        except Exception as error:  # kept for later: Hydra would print it
             failures.append(error)
 
     first = next((i for i, argument in enumerate(arguments) if "=" in argument and argument[0] != "-"), len(arguments))
@@ -72,7 +72,7 @@ def compose(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def expand_paths(config: DictConfig) -> None:
-    """Write the home folder for a leading ~ into every key of PATHS, and so into what interpolates it.
+    """Expand a leading ~ in every key of PATHS, before other keys interpolate it.
 
     Raises UserError where there is no such home.
     """
@@ -119,7 +119,8 @@ def call_hydra(arguments: Sequence[str], task: Callable[[DictConfig], None]) -> 
 
 @contextmanager
 def _in_one_line(typed: Mapping[str, str] | None = None) -> Iterator[None]:
-    """What Hydra and OmegaConf raise in here, as a UserError. `typed`: by what Hydra was given, what the user typed."""
+    """Turn what Hydra and OmegaConf raise inside the block into a UserError. `typed` maps each argument that Hydra was
+    given to what the user typed."""
     try:
         yield
     except MissingMandatoryValue as error:
@@ -142,7 +143,7 @@ def _in_one_line(typed: Mapping[str, str] | None = None) -> Iterator[None]:
 
 
 def _check_groups(arguments: Sequence[str]) -> None:
-    """Hydra stumbles over a group that is given a value instead of a name."""
+    """Raise UserError where a group is given a value instead of a name, which Hydra reports badly."""
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and not key:

@@ -1,7 +1,7 @@
-"""One override, `key=value`, in Hydra's grammar: how text is written in it, and the line for what it cannot read.
+"""Overrides, `key=value`, in Hydra's grammar: quoting, and error messages.
 
-`=`, commas, brackets, braces, parentheses, quotes and backslashes mean something to that grammar. Letters beyond ASCII,
-and signs such as `~` or `#`, are not in it at all.
+In that grammar `=`, commas, brackets, braces, parentheses, quotes and backslashes have a meaning. Letters beyond ASCII
+and signs such as `~` or `#` are not in it at all.
 """
 
 import re
@@ -22,16 +22,16 @@ _COMMA = re.compile(r",(?![^{]*\})")  # outside interpolations
 
 
 def literal(text: str) -> str:
-    """The value that composes to this very text, whatever stands in it."""
+    """`text` quoted so that Hydra and OmegaConf compose it to exactly `text`."""
     # To OmegaConf `\${` begins no interpolation, and `\\` before it is `\`.
     return _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def readable(argument: str) -> str:
-    """`argument`, in quotes where its value can be nothing but text: it has a sign that Hydra's grammar lacks, and none
-    of its structure.
+    """`argument` with its value quoted where the value must be text: it has a character that Hydra's grammar lacks, and
+    none of its structure characters.
 
-    The values of a sweep are taken one by one, and an interpolation stays one.
+    The values of a sweep are quoted one by one. Interpolations are not quoted.
     """
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-") or _STRUCTURE.search(_plain(value)):
@@ -41,8 +41,8 @@ def readable(argument: str) -> str:
 
 
 def check(argument: str, *, sweep: bool) -> None:
-    """Raise UserError, with one line that says how to quote it, where Hydra cannot read the override `argument`, or
-    reads a sweep where there is none (`sweep` false)."""
+    """Raise UserError, which suggests how to quote it, where Hydra cannot parse the override `argument`, or parses it
+    as a sweep though `sweep` is false."""
     parsed = _parse(readable(argument))
     if isinstance(parsed, Override) and (sweep or not parsed.is_sweep_override()):
         return
@@ -64,7 +64,7 @@ def check(argument: str, *, sweep: bool) -> None:
 
 
 def _parse(override: str) -> Override | str:
-    """What Hydra reads, or why it cannot."""
+    """What Hydra parses, or the reason why it cannot."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
@@ -76,7 +76,7 @@ def _parse(override: str) -> Override | str:
 
 
 def _suggested(value: str) -> str:
-    """A value in quotes. An interpolation that is whole stays one: nobody means that as the name of a file."""
+    """A value in quotes. A complete interpolation stays one: nobody means it as text."""
     return _quoted(value) if _INTERPOLATION.search(value) else literal(value)
 
 
@@ -85,7 +85,7 @@ def _plain(value: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """In one line, and without what a terminal would act on."""
+    """`text` in one line, with control characters escaped."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 

@@ -1,4 +1,4 @@
-"""run_dir/config.yaml: the resolved config of a run, written by rank 0, and the refusal to go on under another one."""
+"""run_dir/config.yaml: the resolved config of a run. Rank 0 writes it, and refuses to resume under another config."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,9 +10,10 @@ from plrd_train.config.schema import Config, from_mapping
 from plrd_train.errors import UserError
 from plrd_train.runtime.files import write_atomically
 
-# What may differ from run to run: names, tracking, and what follows the number of ranks. The stages are compared apart.
-# data.skip_bad is how a run goes on that met a bad line: it changes nothing of what was read before.
-# Revisions may be asked for by a branch or tag: they are compared as commits, by `refuse_moved`.
+# Keys that may change when a run is resumed: names, tracking, and what depends on the number of ranks.
+# The stages are compared by `refuse_other`: ratios may be added.
+# `skip_bad` may change, so that a run can resume past a bad line; it does not affect the lines before.
+# A revision may be given as a branch or tag: `refuse_moved` compares the commits.
 _FREE = (
     "run_dir",
     "experiment",
@@ -46,7 +47,7 @@ def read(run_dir: Path) -> dict[str, Any] | None:
 
 
 def pinned(source: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`source` with the revisions that the run in its run_dir resolved at its start, where it asks for none itself."""
+    """`source` with the revisions of `before`, the config that the run began with, wherever it gives none itself."""
     if before is None:
         return source
     copy = {**source}
@@ -57,8 +58,8 @@ def pinned(source: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str
 
 
 def refuse_other(source: Mapping[str, Any], before: Mapping[str, Any] | None, run_dir: Path) -> None:
-    """Raise UserError with the keys that differ where `run_dir` holds a run of another config; added ratios are
-    none."""
+    """Raise UserError that names the keys that differ where `run_dir` holds a run of another config. Ratios may be
+    added at the end."""
     if before is None:
         return
     old, new = dict(_flat(before)), dict(_flat(source))
@@ -80,8 +81,8 @@ def refuse_other(source: Mapping[str, Any], before: Mapping[str, Any] | None, ru
 
 
 def refuse_moved(pins: Mapping[str, str | None], before: Mapping[str, Any] | None) -> None:
-    """Raise UserError where the commit that `pins` gives for a group ("parent", "data") is not the one that the run
-    began with."""
+    """Raise UserError where `pins` (group -> commit; "parent", "data") differs from the commits that the run began
+    with."""
     for group, commit in pins.items():
         then = before[group]["revision"] if before is not None else commit
         if commit != then:

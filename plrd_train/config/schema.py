@@ -31,7 +31,7 @@ from plrd_train.recover.schedules import SCHEDULES
 from plrd_train.recover.settings import Checkpoint, Recover
 from plrd_train.registry import Registry
 from plrd_train.settings import STRICT, Count, section, whole
-from plrd_train.stages import Stages
+from plrd_train.stages.settings import Stages
 from plrd_train.tracking.settings import Tracking
 
 

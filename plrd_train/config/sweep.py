@@ -130,12 +130,12 @@ def run_point(config: DictConfig) -> None:
     folders = [
         f"--config-dir={source.path}" for source in known.runtime.config_sources if source.provider == "command-line"
     ]
-    told = [override.removeprefix("++") for override in known.overrides.task]  # that is compose's own
-    # The last one says what Hydra knows of a sweep alone, as ${hydra:job.num}.
+    told = [override.removeprefix("++") for override in known.overrides.task]  # compose adds the ++
+    # run_dir is given resolved: it may hold ${hydra:job.num}, which only this sweep knows.
     overrides = [*folders, *told, f"run_dir={literal(config.run_dir)}"]
 
     number = signal.Signals[f"SIG{job.USR_SIG}"]
-    # Slurm sends it to all processes of the job, and those below inherit that.
+    # Slurm signals all processes of the job; the children inherit that they ignore it.
     requeue = signal.signal(number, signal.SIG_IGN)
     torchrun = subprocess.Popen(
         [

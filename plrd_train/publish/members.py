@@ -1,4 +1,4 @@
-"""Publishing a model as a Hugging Face folder, all at once or not at all."""
+"""Write a model as a Hugging Face folder, atomically."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ from plrd_train.runtime.files import naming, save_tensors, sync, write_atomicall
 
 
 class MemberWriter:
-    """A Hugging Face folder that comes into being tensor by tensor: config.json, safetensors of `dtype`, the parent's
-    tokenizer, and the card.
+    """Writes a Hugging Face folder tensor by tensor: config.json, safetensors of `dtype`, the parent's tokenizer, and
+    the card.
 
     The model is that of `config` with `ranks`, given as pairs of factors that the `form` has packed, and stored in it;
-    with none the folder is a plain one of the architecture itself. `folder` appears when `publish` is called, complete;
-    until then the files lie in `draft`, which `close` removes and a later writer replaces where a run was killed. At
+    with none the folder is a plain one of the architecture itself. `folder` appears when `commit` is called, complete;
+    until then the files are in `draft`, which `close` removes. A draft that a killed run left is replaced. At
     most one shard of `max_shard_bytes` is held in memory. Raises UserError where `folder` exists.
     """
 
@@ -102,16 +102,16 @@ class MemberWriter:
         return [name for name in dict.fromkeys(self._canonical.values()) if name not in self._given]
 
     def finish(self) -> None:
-        """Close the weights: `draft` can be loaded. Raises ValueError where tensors were not given: loading would fill
-        a hole at random."""
+        """Close the weights, after which `draft` can be loaded. Raises ValueError where a tensor was not given:
+        transformers would fill it at random."""
         if missing := self.missing():
             raise ValueError(
                 f"{len(missing)} tensors of {self._architecture} were not given, among them {min(missing)}"
             )
         self._shards.close()
 
-    def publish(self, card: str) -> None:
-        """Let `folder` appear, with README.md from `card`."""
+    def commit(self, card: str) -> None:
+        """Add README.md from `card`, and rename the draft to `folder`."""
         write_atomically(self.draft / "README.md", card)
         for path in (*self.draft.iterdir(), self.draft):
             sync(path)
@@ -124,17 +124,16 @@ class MemberWriter:
 
 
 def write_member(folder: Path, *, tensors: Iterable[tuple[str, Tensor]], card: str, **settings: Any) -> None:
-    """Write the model of which `tensors` gives (parameter name, full tensor) one by one to `folder`, complete or not at
-    all, by a `MemberWriter` of these `settings`. Raises what that raises, and ValueError where `tensors` are not
-    exactly those of the model."""
+    """Write a model to `folder`, atomically, from its `tensors`, (parameter name, full tensor) one by one; `settings`
+    are those of `MemberWriter`. Raises what that raises, and ValueError where `tensors` are not exactly the model's."""
     with closing(MemberWriter(folder, **settings)) as writer:
         for name, tensor in tensors:
             writer.add(name, tensor)
         writer.finish()
-        writer.publish(card)
+        writer.commit(card)
 
 
-def publish(engine: Engine, folder: Path, **settings: Any) -> None:
+def write_model(engine: Engine, folder: Path, **settings: Any) -> None:
     """Write the model in `engine` to `folder` on rank 0, by `write_member` with these `settings`. A collective."""
     tensors = engine.tensors()
     if engine.rank == 0:

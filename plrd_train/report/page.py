@@ -1,4 +1,4 @@
-"""The report of a run: family.png, losses.png and a report.html that needs nothing beside it."""
+"""The report of a run: family.png, losses.png, and a report.html with both pictures inside."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from plrd_train.config import resolved
 from plrd_train.family import Family, Member
 from plrd_train.report.plots import family_figure, losses_figure
-from plrd_train.report.signatures import signs
+from plrd_train.report.signatures import Sign, signs
 from plrd_train.runtime.files import write_atomically
 from plrd_train.tracking.rows import Row, read_rows
 from plrd_train.tracking.table import HEADERS, count, family_rows, number
@@ -94,9 +94,9 @@ it is another quantity altogether.</dd>
 """
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write family.png, losses.png and report.html in `run_dir`/report from what `run_dir` holds; return the page's
-    path.
+def write_report(run_dir: Path) -> tuple[Path, list[Sign]]:
+    """Write family.png, losses.png and report.html in `run_dir`/report from what `run_dir` holds. Returns the path of
+    the page, and the signs that it lists.
 
     family.json is needed; metrics.jsonl, events.jsonl and config.yaml may be absent, and without metrics.jsonl there is
     no losses.png. Each file is replaced atomically. Raises UserError where family.json is missing or damaged.
@@ -114,6 +114,7 @@ def write_report(run_dir: Path) -> Path:
     losses_png = _png(losses) if losses else b""
     if losses_png:
         write_atomically(folder / "losses.png", losses_png)
+    found = signs(family.parent, family.members, rows)
     page = (
         Environment(autoescape=True)
         .from_string(_PAGE)
@@ -126,14 +127,14 @@ def write_report(run_dir: Path) -> Path:
             headers=HEADERS,
             table=family_rows(family.parent, family.members),
             facts=_facts(family.members, rows),
-            signs=[sign.words for sign in signs(family.parent, family.members, rows)],
+            signs=[sign.words for sign in found],
             context=(config.get("evaluation") or {}).get("context", 256),
             settings=settings,
         )
     )
     path = folder / "report.html"
     write_atomically(path, page)
-    return path
+    return path, found
 
 
 def _facts(members: Sequence[Member], rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""What goes wrong with compressions, read from a run's numbers and said in words: a loss that jumps, that lies flat
-early, that falls ever slower.
+"""Signs of a bad compression in a run's numbers: a loss that jumps, a plateau early in a stage, and convergence that
+slows from stage to stage.
 
-They are signs, with bounds chosen by eye, and no proof: a member can be what one wants in spite of them.
+The bounds are chosen by eye. A member can be good in spite of a sign.
 """
 
 import math
@@ -13,7 +13,7 @@ from statistics import median
 from plrd_train.family import Member, ParentRecord
 from plrd_train.tracking.rows import Row
 
-JUMP = 1.0  # nats of held-out loss that a factoring may cost: beyond it, training starts from little more than noise
+JUMP = 1.0  # nats by which factoring may raise the held-out loss; above, training starts from little more than noise
 PARTS = 16  # of a stage, whose median losses are compared
 FLAT = 0.02  # of the fall of a stage's loss, which its second half must exceed
 FAR = 0.1  # nats above the parent at which a flat loss is no success

@@ -1,4 +1,4 @@
-"""What ranks tell one another while they compute: over a group and a thread of its own, read later."""
+"""Collectives that run beside the training loop, in a thread and over a process group of their own."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Exchange:
-    """All ranks make the same calls in the same order."""
+    """All ranks must make the same calls in the same order."""
 
     def __init__(self, world: World):
         """A collective."""

@@ -1,5 +1,5 @@
-"""Files that others rely on: whole or absent, with the permissions that the umask leaves, and synced where the file
-system can do that."""
+"""Files that are written whole or not at all, with the permissions of the umask, and synced where the file system
+can."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ _CANNOT_SYNC = {
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside, an OSError that names no file, as one of writing does not, becomes one that names `path`."""
+    """Give an OSError inside the block the file name `path` if it has none, as errors of write() have."""
     try:
         yield
     except OSError as error:
@@ -35,8 +35,8 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes into, which takes the place of `path` at once when the block ends well: a reader, and a
-    restart, sees the old content or the new, never a part. Raises OSError, naming a file."""
+    """A file to write bytes into. When the block ends without an error it replaces `path` atomically, so that a reader
+    sees the old content or the new. Raises OSError that names a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
         with _created(temporary) as file:
@@ -54,11 +54,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write contiguous `tensors`, which lie in host memory and are not copied there, as safetensors. Raises OSError,
-    naming `path`."""
-    # safetensors puts a temporary file of mode 600 in the place of this one. Only a file created by open tells what the
-    # umask, or the folder's own list of access rights, leaves: the umask cannot be read without setting it, for all
-    # threads.
+    """Write contiguous `tensors` in host memory as safetensors, without a copy. Raises OSError that names `path`."""
+    # safetensors replaces this file by a temporary one of mode 600, so the mode is restored below. It is read from a
+    # file created here: that is how the umask and the folder's access list show. Reading the umask itself would set it
+    # for all threads.
     with _created(path) as file:
         mode = _mode(os.fstat(file.fileno()))
     try:
@@ -73,8 +72,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def sync(path: Path) -> None:
-    """Let a file, or the names in a folder, outlive a loss of power. Where the file system can do that for no folder,
-    nothing happens: a rename is all that can be had there. Raises OSError, naming `path`."""
+    """fsync a file or a folder. Does nothing for a folder on a file system that cannot sync folders. Raises OSError
+    that names `path`."""
     try:
         with naming(path):
             handle = os.open(path, os.O_RDONLY)
@@ -88,7 +87,7 @@ def sync(path: Path) -> None:
 
 
 def _created(path: Path) -> BinaryIO:
-    """A new file, open for writing; what a killed process left in its place may have had another mode."""
+    """A new file, open for writing. One that a killed process left is removed first: it may have another mode."""
     path.unlink(missing_ok=True)
     return path.open("xb")
 

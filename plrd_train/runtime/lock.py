@@ -1,18 +1,17 @@
 """One writer for a run_dir, on any file system and from any host: a lock file that the holder refreshes.
 
-Locks of the kernel (flock, fcntl) would go with their process, but on a shared file system they may be refused, hold on
-one host alone (Lustre's `localflock`), or outlive a host that lost its power (NFS 3). So the lock is a file, created
-exclusively, which NFS and Lustre do as one step. It names its holder, which touches it every five seconds. A lock whose
-holder ended without removing it binds nobody:
+The kernel's locks (flock, fcntl) end with their process. On a shared file system, though, they may be refused, may hold
+on one host alone (Lustre's `localflock`), or may outlive a host that lost its power (NFS 3). So the lock is a file.
+Exclusive creation is atomic on NFS and Lustre. The file names its holder, which touches it every five seconds. A stale
+lock, whose holder ended without removing it, is free:
 
-- the holder's process is looked up where it would be visible, in the same process namespace of the same boot of a
-  machine;
-- elsewhere the lock is watched: one that is not touched for thirty looks, a second apart, is free. Looks are counted,
-  not seconds, so that a file server which answers nobody for a while does not make a lock look old, and no two clocks
-  are compared. The ranks of a run whose rank 0 is lost leave sooner than that (plrd_train.runtime.heartbeat).
+- In the same process namespace and boot, the holder's process is looked up.
+- Elsewhere the lock is polled, once a second: after thirty polls without a touch it is free. Polls are counted, not
+  seconds. So a file server that hangs for a while makes no lock stale, and no two clocks are compared. The ranks of a
+  run that lost rank 0 leave sooner than that (plrd_train.runtime.heartbeat).
 
-Two that find the same lock free may both replace it; the later one stays, so each looks again before it goes on. A
-holder that was stopped for so long that another took over finds that out at its next touch, and ends.
+Two processes that find the same stale lock may both replace it. The later one wins, so each reads the lock again before
+it goes on. A holder that was suspended until another took over sees that at its next touch, and ends.
 """
 
 import contextlib
@@ -40,14 +39,14 @@ CONFIRM_S = 0.5
 
 @contextlib.contextmanager
 def locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Inside, this run alone writes `run_dir`. A collective; raises UserError, on all ranks, where another run holds
-    it."""
+    """Hold the lock of `run_dir` inside the block. A collective. Raises UserError, on all ranks, where another run
+    holds it."""
     lock = Lock(run_dir, world.heartbeat.abort)
     world.on_main(lock.acquire)
     try:
         yield
     except BaseException:
-        # What ended the run is said, and not that its lock stays, which nobody minds.
+        # Keep the original error; a stale lock is harmless.
         with contextlib.suppress(OSError):
             lock.release()
         raise
@@ -55,8 +54,8 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
 
 
 class Lock:
-    """The lock of `run_dir`, held by one process. `on_loss` is called, in a thread, with what to say when another
-    process has taken it over."""
+    """The lock of `run_dir`, held by one process. When another process has taken it over, a thread calls `on_loss` with
+    the message."""
 
     def __init__(self, run_dir: Path, on_loss: Callable[[str], Any]):
         self._run_dir, self._file, self._on_loss = run_dir, run_dir / FILE, on_loss
@@ -77,7 +76,7 @@ class Lock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the lock up, if it is held, and remove a `run_dir` that was made for it alone."""
+        """Release the lock if it is held, and remove the `run_dir` if it is empty and was made by `acquire`."""
         if not self._thread.is_alive():
             return
         self._released.set()
@@ -114,8 +113,8 @@ class Lock:
             raise OSError(error.errno, error.strerror, str(file)) from None
 
     def _look(self) -> tuple[dict[str, Any], int] | None:
-        """What the lock says, and when it was touched; None where there is none. Opening a file is what makes NFS ask
-        its server."""
+        """The content of the lock file and its mtime in ns; None where there is no file. NFS asks its server only when
+        a file is opened."""
         try:
             with self._file.open() as opened:
                 touched = os.fstat(opened.fileno()).st_mtime_ns
@@ -123,7 +122,7 @@ class Lock:
         except FileNotFoundError:
             return None
         except ValueError:
-            return {}, touched  # is being written, or was cut short with its host
+            return {}, touched  # still being written, or truncated when its host went down
 
     def _mine(self, found: tuple[dict[str, Any], int] | None) -> bool:
         return found is not None and found[0].get("token") == self._token
@@ -163,10 +162,10 @@ class Lock:
 
     def _keep(self) -> None:
         while not self._released.wait(TOUCH_S):
-            with contextlib.suppress(OSError):  # no file server for now: this run waits for it, too
+            with contextlib.suppress(OSError):  # the file server is away for now: the run itself waits for it, too
                 found = self._look()
                 if found is None:
-                    self._created()  # somebody removed it; if it is another's now, the next turn sees that
+                    self._created()  # somebody removed it; if another process holds it now, the next turn sees that
                 elif self._mine(found):
                     os.utime(self._file)
                 else:
@@ -184,8 +183,7 @@ def _who(holder: Mapping[str, Any]) -> str:
 
 
 def _place() -> str:
-    """Where a pid means what it means here: the boot of a machine and the process namespace; where the system tells
-    neither, the host's name."""
+    """The scope in which a pid is unique: boot id and process namespace; the host's name where there is no /proc."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
@@ -193,8 +191,8 @@ def _place() -> str:
 
 
 def _began(pid: int) -> str | None:
-    """When the process began, in ticks of its machine, which tells it from a later one of the same pid; None where it
-    has ended or none can say."""
+    """The start time of the process in clock ticks, which tells it from a later process of the same pid. None where it
+    has ended, or where there is no /proc."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -203,7 +201,7 @@ def _began(pid: int) -> str | None:
 
 
 def _runs(pid: int, began: str | None) -> bool:
-    """Whether the process that began at `began` still runs."""
+    """Whether the process `pid` that started at `began` still runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

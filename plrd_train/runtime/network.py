@@ -1,8 +1,8 @@
-"""Over which of its interfaces this machine talks to the other machines of a run.
+"""The network interface over which this machine reaches the other machines of a run.
 
 gloo and torchrun ask for the address that belongs to the machine's own name, which many machines do not know
 (containers), or hold for a loopback address (Debian's 127.0.1.1), or know as that of another network. The kernel's
-routes know better.
+routing table knows the right one.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ NAME_S = 15.0  # for a name to be known: that of a container may be announced af
 
 @dataclass(frozen=True)
 class Route:
-    """From this machine's `address` to another's; `is_home`: the other is this one."""
+    """A route that leaves from this machine's `address`. `is_home`: it leads to this machine itself."""
 
     address: str
     is_home: bool

@@ -1,8 +1,7 @@
-"""The place of this process in a run: what its launcher has said in the environment, read and checked once.
+"""The place of this process in a run, from the launcher's environment variables.
 
-A launcher sets five variables. A shell in a Slurm allocation or in a container often holds one or two of them, left
-over from something else. Half of them describes no place: taken for a whole, it would end in a process group that
-nobody joins.
+A launcher sets five variables. A shell in a Slurm allocation or in a container often has one or two of them, left over
+from something else. A part of them is refused: with it the process would wait for a process group that nobody joins.
 """
 
 import os

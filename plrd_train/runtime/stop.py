@@ -1,18 +1,18 @@
-"""Being asked to stop: by a signal to any rank, or by the file `stop` in run_dir."""
+"""Requests to stop: a signal to any rank, or the file `stop` in run_dir."""
 
 import os
 import signal
 from pathlib import Path
 from types import FrameType
 
-# What schedulers, launchers, terminals and people send.
+# Those that schedulers, launchers, terminals and people send.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STATUS = 75  # the exit status of a run that was asked to stop (EX_TEMPFAIL): the same command continues it
 
 
 class Stopped(Exception):  # noqa: N818  # it is no error
-    """The run was asked to stop, and has saved what it goes on from. Raised by all ranks at the same place; the message
-    says where."""
+    """The run was asked to stop, and has saved a checkpoint. All ranks raise it at the same place, which the message
+    names."""
 
 
 class StopRequest:
@@ -32,8 +32,8 @@ class StopRequest:
         self._signalled = True
 
     def watch(self, file: Path) -> None:
-        """Take the appearance of `file` for a request, too; one that is there already was meant for an earlier run, and
-        is removed."""
+        """Count the appearance of `file` as a request, too. A `file` that exists already was meant for an earlier run,
+        and is removed."""
         file.unlink(missing_ok=True)
         self._file = file
 
@@ -42,6 +42,6 @@ class StopRequest:
         return self._signalled or (self._file is not None and self._file.exists())
 
     def done(self) -> None:
-        """The request has been met."""
+        """Remove the file, now that the run has stopped."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`python -m plrd_train.runtime.torchrun …`: torchrun, with another end.
+"""`python -m plrd_train.runtime.torchrun …`: torchrun with other exit statuses and signals.
 
 - It ends with the exit status of the rank that failed first, and without a report of its own: where a rank has said in
   one line what the user must mend, torchrun's traceback under it would bury that line. A rank that a signal killed

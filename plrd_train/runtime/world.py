@@ -23,12 +23,12 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 
 class SharedError(UserError):
-    """A UserError that every rank raises alike, so that rank 0 alone needs to print it."""
+    """A UserError that every rank raises with the same message; rank 0 prints it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Who I am among the ranks, and where I compute. One process without a launcher is a world of one."""
+    """This rank, the number of ranks, and this rank's device. One process without a launcher is a world of one."""
 
     rank: int
     size: int
@@ -61,7 +61,7 @@ class World:
         return dataclasses.replace(world, heartbeat=world.on_all(lambda: hub.start() if hub else Spoke(rank, address)))
 
     def beside(self) -> "World":
-        """The same ranks over a group of their own on the CPU, for what another thread exchanges. A collective."""
+        """The same ranks over a further gloo group, for the collectives of another thread. A collective."""
         return dataclasses.replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
@@ -96,8 +96,7 @@ class World:
         return result  # type: ignore[return-value]
 
     def node_by_node(self, work: Callable[[], T]) -> T:
-        """Run `work`, which fills a cache of its node, on the first rank of each node, and then on the others; as
-        `on_all` otherwise."""
+        """As `on_all`, but on the first rank of each node before the others: `work` fills a cache of the node."""
         first = self.local_rank == 0
         done = self.on_all(lambda: work() if first else None)
         return self.on_all(lambda: done if first else work())  # type: ignore[return-value]
@@ -109,7 +108,8 @@ class World:
         return values
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of the ranks' `tensor`, on its device, the same to the bit on every rank; nothing waits for it."""
+        """The sum of the ranks' `tensor`, on its device, bitwise the same on every rank. Does not synchronize the
+        device."""
         total = tensor.clone()
         dist.all_reduce(total, group=self.group)
         return total

@@ -1,8 +1,7 @@
-"""What a person at the terminal sees of a run: lines, bars with the time left, and the table of the family. Only the
-main rank speaks.
+"""What the main rank prints for people: lines, progress bars, and tables.
 
-On a terminal bars move; elsewhere (a log file, a pipe) plain lines come at most every ten seconds, without control
-characters.
+On a terminal a progress bar moves. Elsewhere (a log file, a pipe) it prints a plain line at most every ten seconds,
+without control characters.
 """
 
 import os
@@ -21,7 +20,7 @@ from plrd_train.family import Family
 from plrd_train.tracking.table import HEADERS, count, family_rows
 
 _LINE_SECONDS = 10.0
-_SPEED_SECONDS = 600.0  # the rate is a mean over this long at most: one step of a big model may take a minute
+_SPEED_SECONDS = 600.0  # the rate is a mean over at most this long: one step of a large model may take a minute
 _TABLE_WIDTH = 120
 
 _main = True
@@ -30,7 +29,7 @@ _bars: Progress | None = None  # the bars on the terminal, shared by everything 
 
 
 def set_main(main: bool, *, to_stderr: bool = False) -> None:
-    """Say whether this process is the one that speaks, and whether it keeps standard output free (for --json)."""
+    """Set whether this process prints, and whether it prints to standard error (for --json)."""
     global _main, _to_stderr
     _main, _to_stderr = main, to_stderr
 
@@ -65,7 +64,7 @@ class Bar:
             self._printed = time.monotonic()
 
     def end(self) -> None:
-        """Show how far the work came and how long it took."""
+        """Show how much was done and how long it took."""
         task = self._task
         if self._plain:
             self._print(task, f"took {_duration(task.elapsed or 0)}")
@@ -83,7 +82,7 @@ class Bar:
 
 @contextmanager
 def progress(description: str, total: float, unit: str) -> Iterator[Bar]:
-    """Show the progress of `total` units of work while the block runs; bars may stand inside each other."""
+    """Show the progress of `total` units of work while the block runs. Bars may be nested."""
     global _bars
     terminal = _main and _stream().isatty() and os.environ.get("TERM") != "dumb"
     outermost = _bars is None

@@ -1,5 +1,4 @@
-"""Files of one JSON object a line that survive a kill: whole lines or a torn last one, which is left out when
-reading."""
+"""Files of one JSON object a line. A kill can truncate the last line, and reading skips a truncated line."""
 
 import json
 import math
@@ -13,8 +12,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of `path`, in order; none where there is no such file. A torn line, as a kill leaves it, is
-    skipped."""
+    """The rows of `path` in order, without truncated lines; none where there is no such file."""
     if not path.is_file():
         return []
     rows = []
@@ -29,8 +27,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line, in a single write where there is room. JSON knows no NaN and no infinity: they become null."""
-    with path.open("ab") as file:  # buffered: a plain write says nothing of a line for which the disk has room in part
+    """Append one line in a single write. NaN and infinity, which JSON does not have, become null."""
+    with path.open(
+        "ab"
+    ) as file:  # buffered: a raw write would not raise where the disk has room for a part of the line
         file.write(_line(row))
 
 

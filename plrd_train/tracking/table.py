@@ -1,4 +1,4 @@
-"""The table of a family, as the console and the report show it, and numbers as people read them."""
+"""The table of a family for console and report, and the format of numbers."""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,5 @@
-"""Metrics by name, one row for each optimizer step: metrics.jsonl, which is the record, and Weights & Biases, which may
-fail without harm."""
+"""Metrics by name, one row for each optimizer step: in metrics.jsonl, and in Weights & Biases, whose failure does not
+end a run."""
 
 import dataclasses
 import math
@@ -23,12 +23,11 @@ _FINISH_TIMEOUT = 120.0  # seconds for the last uploads of an online run
 class Tracker:
     """Writes `run_dir`/metrics.jsonl, `run_dir`/events.jsonl and a W&B run.
 
-    A Tracker on a run_dir that holds rows already goes on after the last one; a restart says with `rewind` how far back
-    its checkpoint lies. W&B starts at the first row to be logged. Where its run begins empty, as an offline one always
-    does, it is given all rows kept so far: the newest local run holds each step exactly once however often the run was
-    restarted, and the older local ones are removed. Steps that an online run has logged past the checkpoint stay there
-    and come a second time. Whatever goes wrong with W&B costs one line of warning; the run goes on without it.
-    """
+    On a run_dir that has rows already, a Tracker continues after the last one. A restart calls `rewind` with the step
+    of its checkpoint. W&B is started by the first row. A W&B run that begins empty, as an offline one always does, is
+    given all rows kept so far. So the newest local run has each step exactly once, and the older local ones are
+    removed. An online run keeps the steps that it logged past the checkpoint, and gets them a second time. After an
+    error of W&B the run prints one warning and continues without it."""
 
     def __init__(
         self,
@@ -52,10 +51,10 @@ class Tracker:
         self.rewind(rows[-1]["step"] + 1 if rows else 0)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows and events of step `step` and later; the next row logged is step `step`. To be called before
+        """Drop the rows and events of step `step` and later; the next row logged is step `step`. Call it before
         anything is logged.
 
-        Events of the step before are kept until this run repeats them: nothing says whether the checkpoint was written
+        Events of the step before are kept until this run repeats them, since the checkpoint may have been written
         before or after them.
         """
         kept = {
@@ -78,8 +77,8 @@ class Tracker:
         self._tokens = metrics["tokens/total"]
 
     def log_event(self, kind: str, metrics: Mapping[str, float | str]) -> None:
-        """Record something that happened between steps, such as a factoring or an evaluation, identified by all that is
-        no float (a layer, a stage).
+        """Record an event between steps, such as a factoring or an evaluation. It is identified by all values that are
+        no floats (a layer, a stage).
 
         Adds `kind`, `step` (the last finished one, -1 before the first) and, if not given, `tokens/total`. An event
         that repeats one from before a restart replaces it.
@@ -103,7 +102,8 @@ class Tracker:
             self._wandb.finish(exit_code)
 
     def _send(self, row: Row) -> None:
-        """Give `row` to W&B before it stands in a file, which a W&B run that starts now is filled from."""
+        """Log `row` to W&B. This comes before the row is in its file: a W&B run that starts now gets all rows of the
+        files first."""
         if self._wandb:
             self._wandb.log(
                 row,
@@ -112,7 +112,7 @@ class Tracker:
 
 
 class NullTracker(Tracker):
-    """The tracker of every rank but 0: takes what a Tracker takes and keeps nothing."""
+    """The tracker of every rank but 0. It records nothing."""
 
     def __init__(self) -> None:
         pass
@@ -134,8 +134,7 @@ class NullTracker(Tracker):
 
 
 def open_tracker(config: Config, world: World, run_dir: Path, budget_tokens: int) -> Tracker:
-    """Return the tracker of this rank for `run_dir`, by the keys `tracking.*`; the ranks above 0 get one that keeps
-    nothing."""
+    """The tracker of this rank for `run_dir`, by the keys `tracking.*`."""
     if not world.is_main:
         return NullTracker()
     wandb = config.tracking.wandb
@@ -173,8 +172,7 @@ def _identity(event: Row) -> tuple:
 
 
 class _WandbRun:
-    """One W&B run, begun at the first row, that never raises: after the first failure it says so and does nothing
-    more."""
+    """One W&B run, started at the first row. It never raises: the first failure prints a warning and turns it off."""
 
     def __init__(self, run_dir: Path, mode: WandbMode, project: str, name: str | None, config: Mapping[str, Any]):
         self._run_dir = run_dir

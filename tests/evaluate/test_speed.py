@@ -77,6 +77,7 @@ def test_a_family_beside_its_parent(plrd_json, plrd, tiny, tmp_path):
         (["--with", "sped"], "--with: there is no evaluator sped; choose of "),
         (["--with", "speed", "speed.prompts=3"], "evaluation.speed.prompts: unknown key; did you mean prompt?"),
         (["--with", "speed", "speed.prompt=many"], "evaluation.speed.prompt"),
+        (["--with", "speed", "speed.prompt=["], "speed.prompt=[: this value cannot be read"),
         (["speed.prompt=3"], "speed.prompt=3: no setting of what --with names"),
     ],
 )

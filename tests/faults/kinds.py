@@ -10,10 +10,9 @@ from faults.starting import Start
 from faults.striking import WAITS_S
 
 HOST = socket.gethostname()
-_LOOP, _CHECKPOINT, _RUN, _MEMBERS = (
+_LOOP, _CHECKPOINT, _MEMBERS = (
     "plrd_train.recover.loop",
     "plrd_train.recover.checkpoint",
-    "plrd_train.run",
     "plrd_train.publish.members",
 )
 
@@ -30,12 +29,12 @@ class Point:
 
 PHASES = {
     "restart": (
-        Point(f"{_RUN}:Run.resume", 1),
+        Point("plrd_train.pipeline:resume", 1),
         Point(f"{_CHECKPOINT}:Checkpoints.latest", 1),
         Point("plrd_train.recover.saved:read", 3),
     ),
     "factoring": (
-        Point("plrd_train.pipeline:factor", 1),
+        Point("plrd_train.stages.compress:factor", 1),
         Point("plrd_train.compress.factor_cache:FactorCache.get", 5),
         Point("plrd_train.compress.factor_cache:FactorCache.put", 5),
     ),
@@ -46,14 +45,17 @@ PHASES = {
         Point(f"{_CHECKPOINT}:write_atomically", 6, True),
         Point(f"{_CHECKPOINT}:Checkpoints._make_visible", 4, True),
     ),
-    "evaluation": (Point(f"{_RUN}:Run.evaluate", 2), Point(f"{_RUN}:perplexity", 2)),
+    "evaluation": (
+        Point("plrd_train.stages.evaluate:_perplexity", 2),
+        Point("plrd_train.stages.evaluate:perplexity", 2),
+    ),
     "publishing": (
-        Point(f"{_RUN}:Run.publish", 1),
+        Point("plrd_train.pipeline:publish", 1),
         Point(f"{_MEMBERS}:write_member", 1, True),
         Point(f"{_MEMBERS}:_ShardWriter.close", 1, True),
-        Point(f"{_MEMBERS}:MemberWriter.publish", 1, True),
+        Point(f"{_MEMBERS}:MemberWriter.commit", 1, True),
         Point("plrd_train.family:Family.write", 2, True),
-        Point(f"{_RUN}:write_report", 1, True),
+        Point("plrd_train.stages.publish:write_report", 1, True),
     ),
 }
 READING = "reading"  # a phase of its own: before a training shard is opened

@@ -102,7 +102,7 @@ KILLS = [
     ("plrd_train.recover.checkpoint:Checkpoints._tidy", 1, ["1.25x"]),  # the new checkpoint is there
     ("plrd_train.publish.members:_ShardWriter.close", 0, ["1.25x"]),
     ("plrd_train.family:Family.write", 0, ["1.25x"]),
-    ("plrd_train.run:write_report", 0, ["1.25x", "1.6x"]),
+    ("plrd_train.stages.publish:write_report", 0, ["1.25x", "1.6x"]),
 ]
 
 

@@ -11,7 +11,7 @@ from test_restart import SHORT, STEPS, records, same_members
 LOG, STEP, EVALUATE = (
     "plrd_train.tracking.tracker:Tracker.log",
     "plrd_train.recover.loop:Trainer._step",
-    "plrd_train.run:Run.evaluate",
+    "plrd_train.stages.evaluate:_perplexity",
 )
 BRANCH = "schedule.branch=0.67"  # four steps of the six
 SLOW = [

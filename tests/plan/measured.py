@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 PHASES = {
-    "plrd_train.run:Run.evaluate": "evaluate",
-    "plrd_train.pipeline:factor": "factor",
+    "plrd_train.stages.resume:evaluate": "evaluate",
+    "plrd_train.stages.compress:factor": "factor",
     "plrd_train.engine.fsdp:FSDP.rebuild": "rebuild",
     "plrd_train.engine.zero3:Zero3.rebuild": "rebuild",
-    "plrd_train.run:Run.recover": "recover",
-    "plrd_train.run:Run.publish": "publish",
+    "plrd_train.stages.compress:evaluate_factored": "evaluate",
+    "plrd_train.pipeline:recover": "recover",
+    "plrd_train.pipeline:evaluate": "evaluate",
+    "plrd_train.pipeline:publish": "publish",
 }
 
 

@@ -102,7 +102,7 @@ def test_a_family_of_four(tmp_path):
     write_family(tmp_path, [member(ratio) for ratio in RATIOS])
     write_metrics(tmp_path)
     (tmp_path / "config.yaml").write_text("evaluation:\n  context: 128\nrun_dir: <b>here</b>\n")
-    path = write_report(tmp_path)
+    path, _ = write_report(tmp_path)
     assert path == tmp_path / "report" / "report.html"
     assert sorted(file.name for file in path.parent.iterdir()) == ["family.png", "losses.png", "report.html"]
     for name in ("family.png", "losses.png"):
@@ -132,7 +132,7 @@ def test_a_family_of_four(tmp_path):
 )
 def test_families_without_training_records(tmp_path, members):
     write_family(tmp_path, members)
-    path = write_report(tmp_path)
+    path, _ = write_report(tmp_path)
     assert sorted(file.name for file in path.parent.iterdir()) == ["family.png", "report.html"]
     assert len(colours((path.parent / "family.png").read_bytes())) > 10
     page = Page(path.read_text())
@@ -141,9 +141,9 @@ def test_families_without_training_records(tmp_path, members):
 
 def test_a_report_is_written_again(tmp_path):
     write_family(tmp_path, [member(1.25)])
-    before = write_report(tmp_path).read_text()
+    before = write_report(tmp_path)[0].read_text()
     write_family(tmp_path, [member(1.25), member(1.5)])
-    assert write_report(tmp_path).read_text() != before
+    assert write_report(tmp_path)[0].read_text() != before
 
 
 def test_a_folder_without_a_family_is_a_users_mistake(tmp_path):

@@ -113,6 +113,21 @@ def test_the_table_of_a_family(capsys):
     ]
 
 
+def test_a_plain_table_lines_up_and_is_never_cut(capsys):
+    wide = "x" * 150
+    console.table(["", "number", "text"], [["[red]a", "1", "left"], ["bb", "1234567"], ["c", "2", wide]], left=(2,))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "         number  text",
+        "[red]a        1  left",
+        "bb      1234567",
+        f"c             2  {wide}",
+    ]
+    console.set_main(False)
+    console.table(["a"], [["b"]])
+    assert capsys.readouterr().out == ""
+
+
 def test_a_terminal_that_knows_no_box_drawing_gets_a_table():
     done = in_a_process(
         "from tracking.test_console import FAMILY, console; console.family_table(FAMILY)",

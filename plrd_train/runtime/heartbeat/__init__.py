@@ -1,21 +1,21 @@
-"""Ranks watch each other: one that dies or stands still takes the others down within half a minute, one that hangs does
-so in minutes, and the log says so once.
+"""Failure detection among ranks. When a rank dies or stops responding, all ranks end within half a minute; when one
+hangs, within minutes. One line in the log says why.
 
-A collective waits for a rank that is gone until its own timeout, half an hour here, so something beside the collectives
-has to look. Every rank holds one TCP connection to rank 0, each end served by a thread that sends a beat every two
-seconds. The kernel closes the connection of a process that ends, however it ends, so rank 0 knows that at once, before
-the errors which collectives raise in the ranks that were waiting. A process that is stopped, and a host that lost its
-power or network, fall silent, which counts after 20 s: long enough for C code that holds the interpreter for some
-seconds. Rank 0 alone judges (hub.py), says what happened, and tells the rest to leave. Where rank 0 is the one that is
-lost, its heir says so: a rank that rank 0 named at the start, on another host if there is one. So a line comes twice
-only where the network parts ranks that all live, and none comes where rank 0 and its heir are lost together.
+A collective waits for a dead rank until its timeout, half an hour here, so ranks are watched beside the collectives.
+Every rank has a TCP connection to rank 0, and a thread at each end sends a beat every two seconds.
 
-A rank that hangs in a collective, or in something else while the others wait for it, beats on. So each rank says how
-soon it will have made progress (`expect`); where that does not come, rank 0 asks all of them where they stand
-(whereabouts.py), and says that.
+- The kernel closes the connection of a process that ends. So rank 0 knows of a dead rank at once, before collectives
+  raise errors in the ranks that wait for it.
+- A suspended process, and a host without power or network, go silent. Silence counts after 20 s, since C code may hold
+  the interpreter for some seconds.
+- A rank that hangs still sends beats. So each rank announces how soon it will make progress (`expect`). If it does
+  not, rank 0 asks all ranks where they are (whereabouts.py), and prints that.
+- A rank that raises an exception asks rank 0 before it prints it. The first to ask is the cause and prints; the others
+  end silently, since their exceptions follow from it.
 
-A rank that fails by itself asks rank 0 before it says why. The first to ask is the cause, and speaks; what the others
-raise then comes from it.
+Rank 0 decides alone (hub.py), prints the line, and tells the others to end. If rank 0 itself is lost, its heir prints
+the line: a rank that rank 0 named at the start, on another host if there is one. The line comes twice only where the
+network splits ranks that are all alive. It is missing where rank 0 and its heir are lost together.
 """
 
 import os
@@ -33,31 +33,32 @@ GO_ON = "the same command goes on from the last checkpoint"
 
 
 class Heartbeat:
-    """What a rank and the others know of each other. This one is of a rank that is alone."""
+    """The interface of a rank to failure detection. This class is that of a single rank, and detects nothing."""
 
     def first_to_fail(self, status: int, *, own: bool) -> bool:
-        """This rank fails, and will `leave` with `status`. Returns True if it is to say why; where another rank is the
-        cause, the process ends in here. With `own` false that may be so, and shows within a second."""
+        """Report that this rank fails and will `leave` with `status`. Returns True if this rank is the cause and should
+        print why. Where another rank is the cause, ends the process; with `own` false, waits a second for that to
+        show."""
         return True
 
     def leave(self, status: int) -> NoReturn:
-        """End this process at once with this exit status, and the other ranks with it. An orderly exit would wait in
-        the process group for them."""
+        """End this process at once with this exit status, and the other ranks with it. A normal exit would wait for
+        them in the process group."""
         flush()
         os._exit(status)
 
     def abort(self, message: str) -> NoReturn:
-        """Say `message` as an error and end all ranks, with status 1. For any thread."""
+        """Print `message` as an error and end all ranks with status 1. Any thread may call it."""
         say(message)
         os._exit(1)
 
     def expect(self, seconds: float | None) -> None:
-        """This rank makes progress, and calls this again, within so many seconds, or hangs. None: nobody knows how long
-        it will take."""
+        """Announce that this rank will call this again within so many seconds; if it does not, it hangs. None: no limit
+        is known."""
 
     def close(self) -> None:
-        """This rank is done, and watched no longer. The others wait here for rank 0: a launcher ends the rest when one
-        has ended with a status."""
+        """Stop watching this rank, which is done. The other ranks wait here for rank 0, because a launcher kills the
+        rest once one rank has ended with an error status."""
 
 
 def flush() -> None:

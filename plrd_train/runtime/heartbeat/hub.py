@@ -1,4 +1,4 @@
-"""Rank 0's end: it watches all others, and judges."""
+"""Rank 0's side: it watches all other ranks, and decides which one is the cause of a failure."""
 
 import hmac
 import os
@@ -29,7 +29,7 @@ class _Peer:
 
 
 class _Claim:
-    """A rank fails; `peer` None is rank 0 itself. It may say why from `due` on."""
+    """A rank that fails; `peer` None: rank 0 itself. It may print why from the time `due` on."""
 
     def __init__(self, peer: _Peer | None, status: int, own: bool):
         self.peer, self.status, self.own = peer, status, own
@@ -69,7 +69,8 @@ class Hub(Served):
         self._late_by, self._inquired = 0.0, 0.0  # seconds without progress; when the ranks were asked about it
 
     def start(self) -> "Hub":
-        """Take the calls of all other ranks and begin to watch them. Raises UserError where one does not call."""
+        """Accept the connections of all other ranks and begin to watch them. Raises UserError where one does not
+        connect."""
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
         callers: set[Link] = set()
@@ -201,7 +202,7 @@ class Hub(Served):
         return None
 
     def _inquire(self, now: float) -> _Verdict | None:
-        """A rank makes no progress: ask all where they stand, and judge when they have answered."""
+        """A rank makes no progress: ask all ranks where they are, and decide when they have answered."""
         if not self._inquired:
             self._inquired = now
             self._tell(where=1)
@@ -232,8 +233,7 @@ class Hub(Served):
                 peer.link.send(**message)
 
     def _linger(self, seconds: float) -> None:
-        """Wait until the others have hung up: a connection that is closed while something comes in may lose what went
-        out."""
+        """Wait until the others have closed their connections: closing one with unread input may lose the output."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and any(
             peer.link.open and not peer.link.silent(time.monotonic()) for peer in self._peers.values()

@@ -1,4 +1,4 @@
-"""The end of every other rank: it watches rank 0, and hears from it what became of the rest."""
+"""The side of every other rank: it watches rank 0, which tells it about the rest."""
 
 import os
 import selectors
@@ -17,7 +17,7 @@ class Spoke(Served):
     """The heartbeat of a rank that is not 0."""
 
     def __init__(self, rank: int, address: Address):
-        """Call rank 0. Raises UserError where it does not answer."""
+        """Connect to rank 0. Raises UserError where it does not answer."""
         super().__init__()
         self._zero, self._heir = address.name, False
         self._link = self._call(rank, address)

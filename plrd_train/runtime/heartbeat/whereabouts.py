@@ -1,5 +1,4 @@
-"""Where a process stands that makes no progress: for the one line that says which rank hangs, and what the others wait
-in."""
+"""The place in the code where a process is, for the line that names the rank that hangs."""
 
 import sys
 import threading
@@ -14,8 +13,7 @@ _WRAPPERS = {"wrapper", "wait", "get_fn", "log_wrapper"}
 
 
 def whereabouts() -> tuple[str, bool]:
-    """The place of the thread that works, in words, and whether it waits there for other ranks. For another thread of
-    this process."""
+    """The place of the main thread, in words, and whether it waits for other ranks there. Called in another thread."""
     stacks = [list(_outwards(frame)) for frame in _workers()]
     # Gradients may be reduced by a thread of autograd's, which the main thread waits for.
     for stack in stacks:
