@@ -107,7 +107,6 @@ def test_the_command_finds_the_smallest_member(site, tmp_path):
     assert json.loads(done.stdout) == {"name": "1.5x", "params": 500}
     refused = run(site, "plrd_train.cli", "best", tmp_path, "--within", "1")
     assert refused.returncode == 2 and "--within: no member" in refused.stderr
-    assert "plrd best runs/quickstart" in run(site, "plrd_train.cli", "--help").stdout
 
 
 def test_the_statistic_is_the_mean_square(module):
