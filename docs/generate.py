@@ -23,8 +23,12 @@ import yaml
 
 from plrd_train.config import schema
 from plrd_train.config.compose import CONF
+from plrd_train.evaluate import EVALUATORS
 
 PAGE = Path(__file__).with_name("configuration.md")
+# The groups of which several files may be chosen: `evaluation=[perplexity,speed]`. Each beyond the first says in its
+# first line, `# @package evaluation.speed`, where its keys stand.
+FURTHER = {"evaluation": EVALUATORS}
 STALE = "docs/configuration.md: not what conf/ and the schema say; run `python docs/generate.py` (or `make docs`)"
 
 INTRO = """# Configuration
@@ -55,10 +59,11 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A YAML file of conf/: the comment at its top, its keys (dotted), and the files of its group that it is based
-    on."""
+    """A YAML file of conf/: where its keys stand (`# @package`; empty: in its group), the comment at its top, its keys
+    (dotted), and the files of its group that it is based on."""
 
     name: str
+    package: str
     about: str
     entries: dict[str, Entry]
     bases: list[str]
@@ -93,7 +98,8 @@ def read(path: Path) -> File:
                 below[key] = Entry(entry.value, told)
             entries = below
     entries.pop("defaults", None)
-    return File(path.stem, " ".join(about), entries, bases)
+    package = re.match(r"# @package (\S+)", text)
+    return File(path.stem, package[1] if package else "", " ".join(about), entries, bases)
 
 
 def kind_in_words(kind: Any) -> str:
@@ -165,14 +171,18 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
 def escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
 def settings_of(group: str, file: File) -> tuple[type | None, str]:
     """The dataclass of the settings of that file, and what its component says of itself."""
-    if group in schema._PLUGINS:
-        registry = schema._PLUGINS[group]
+    registry = FURTHER[group] if is_further(group, file) else schema._PLUGINS.get(group)
+    if registry is not None:
         about = plain((inspect.getdoc(registry.get(file.name)) or "").partition("\n\n")[0])
         about = re.sub(r"^`[^`]*`: *", "", about)
         return registry.settings_of(file.name), about
@@ -180,17 +190,24 @@ def settings_of(group: str, file: File) -> tuple[type | None, str]:
     return (kind if dataclasses.is_dataclass(kind) else None), ""
 
 
+def is_further(group: str, file: File) -> bool:
+    """Whether the file is of a component that may be chosen beside the group's default."""
+    return group in FURTHER and file.package == f"{group}.{file.name}"
+
+
 def keys(group: str, file: File) -> Iterator[tuple[str, str, str, str]]:
     """(dotted key, type, default, meaning) of each key that the file's settings have. A key that only another file of
     the group sets has that one's comment."""
     kind, _ = settings_of(group, file)
-    others = {key: entry.comment for other in group_files(group, "") for key, entry in other.entries.items()}
+    alike = [other for other in group_files(group, "") if other.package == file.package]
+    others = {key: entry.comment for other in alike for key, entry in other.entries.items()}
     for key, hint, told in fields(kind) if kind else ():
         entry = file.entries.get(key, Entry("", ""))
         if key == "name" and entry.value == file.name:  # which file was chosen
             continue
         words = hint if isinstance(hint, str) else kind_in_words(hint)
-        yield f"{group}.{key}", words, entry.value, entry.comment or others.get(key, "") or told
+        place = file.package if is_further(group, file) else group
+        yield f"{place}.{key}", words, entry.value, entry.comment or others.get(key, "") or told
 
 
 def group_files(group: str, default: str) -> list[File]:
@@ -236,18 +253,22 @@ def section(group: str, default: str) -> str:
     first = files[0]
     kind, _ = settings_of(group, first)
     about = [text for text in (first.about, plain(_docstring(kind)) if kind else "") if text]
-    parts += [textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False) for text in about]
+    parts += [wrapped(text) for text in about]
     parts.append(table(rows_of(group, first), "key", "type", "default", "meaning"))
-    if files[1:]:
-        others = []
-        for file in files[1:]:
+    further = [file for file in files if is_further(group, file)]
+    if others := [file for file in files[1:] if file not in further]:
+        listed = []
+        for file in others:
             changed = [
                 f"`{key}={entry.value}`"
                 for key, entry in file.entries.items()
                 if entry.value and entry.value != first.entries.get(key, Entry("", "")).value and key != "name"
             ]
-            others.append((f"`{group}={file.name}`", file.about, ", ".join(changed)))
-        parts.append(table(others, "other file", "what it is", "what it sets"))
+            listed.append((f"`{group}={file.name}`", file.about, ", ".join(changed)))
+        parts.append(table(listed, "other file", "what it is", "what it sets"))
+    for file in further:
+        parts += [f"### {group}=[{default},{file.name}]", wrapped(settings_of(group, file)[1]), wrapped(file.about)]
+        parts.append(table(rows_of(group, file), "key", "type", "default", "meaning"))
     return "\n\n".join(parts)
 
 
