@@ -165,7 +165,7 @@ def test_a_model_without_linears_is_told_what_holds_its_weights():
         shapes_of(model, config_of("gpt2"), [".*"], [], "theirs", "lowrank")
     with torch.device("meta"):
         model = build_model(config_of("llama"))
-    with pytest.raises(UserError, match=r"mend linears\.include and linears\.exclude$"):
+    with pytest.raises(UserError, match=r"change linears\.include and linears\.exclude$"):
         shapes_of(model, config_of("llama"), ["none"], [], "theirs", "lowrank")
 
 
