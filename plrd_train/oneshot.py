@@ -28,7 +28,7 @@ from plrd_train.compress.rounds import changes
 from plrd_train.config.schema import Config
 from plrd_train.errors import UserError
 from plrd_train.parents.modeling_plrd import model_ranks
-from plrd_train.parents.models import HubArchitecture, probed
+from plrd_train.parents.models import HubArchitecture, probe_of
 from plrd_train.parents.parent import Parent, load_config
 from plrd_train.parents.published import open_published
 from plrd_train.parents.reach import check_in_order, shapes_of
@@ -168,7 +168,7 @@ class OneShot:
                 yield lambda: bar.update(1)
 
         engine: Any = Alone(self._reader.read, self._device)
-        if needs.whole_model or (needs.statistic and probed(self.hub_config).unchained):
+        if needs.whole_model or (needs.statistic and probe_of(self.hub_config).unchained):
             model = open_published(self._parent, torch.float32).model
             engine = _Whole(self._reader.read, self._device, model=model)
         kept = self.kept if needs.in_order else None

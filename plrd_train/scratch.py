@@ -14,7 +14,7 @@ from plrd_train.data.embedded import train_tokenizer
 from plrd_train.data.loader import merge_positions
 from plrd_train.engine import Engine
 from plrd_train.errors import UserError
-from plrd_train.parents.models import HubArchitecture, build_model, check_attention, described
+from plrd_train.parents.models import HubArchitecture, build_model, check_attention, scratch_config
 from plrd_train.parents.parent import Parent
 from plrd_train.parents.settings import Scratch
 from plrd_train.publish.members import write_model
@@ -153,4 +153,4 @@ def _architecture(scratch: Scratch, tokenizer: PreTrainedTokenizerBase) -> PreTr
         **scratch.architecture,
         "vocab_size": len(tokenizer),
     }
-    return described(values)
+    return scratch_config(values)

@@ -15,8 +15,10 @@ Parts = dict[str, float]  # bytes by part of memory, such as "parameters"
 
 @dataclass(frozen=True)
 class Parameter:
-    """`module` holds it; `block` is the repeated block around that, "" for what belongs to none (embeddings, last norm,
-    lm_head)."""
+    """A parameter. `module` owns it; `block` is the repeated block around the module.
+
+    `block` is "" outside the blocks (embeddings, last norm, lm_head).
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -30,7 +32,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Structure:
-    """The parameters of a model, tied ones once, and all modules with those of their own: {module: parameters}."""
+    """The parameters of a model (tied ones once), and {module name: its own parameters} for all modules."""
 
     parameters: tuple[Parameter, ...]
     modules: dict[str, tuple[Parameter, ...]]
@@ -80,5 +82,5 @@ def total(parts: Mapping[str, float]) -> float:
 
 
 def largest(*candidates: Parts) -> Parts:
-    """That of the largest total."""
+    """The candidate with the largest total."""
     return max(candidates, key=total)

@@ -1,4 +1,4 @@
-"""The text that a data-aware factorizer looks at before it factors."""
+"""Calibration text: the sequences from which a data-aware factorizer collects its statistics."""
 
 from contextlib import closing
 
@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from plrd_train.data.corpus import Corpus
 from plrd_train.data.loader import Loader
 
-# Added to the seed of the training order: another order of the same corpus, whose beginning is text that training comes
-# to elsewhere, if at all.
+# Added to the seed of the training order. The corpus is then read in a different order, so calibration does not use the
+# first text that training reads.
 _OTHER_ORDER = 2**63
 
 
@@ -27,11 +27,11 @@ def calibration_batches(
     batch: int,
     skip_bad: bool = False,
 ) -> list[Tensor]:
-    """This rank's share of `tokens` // `seq_len` packed sequences of `corpus`, in batches (n, seq_len) of at most
-    `batch`; a rank may get none.
+    """This rank's share of `tokens` // `seq_len` packed sequences of `corpus`.
 
-    Over all ranks they are the same sequences on any number of ranks, the same at each call, and training's position in
-    the corpus is not touched. The other arguments are those of `Loader`. Raises UserError as that does.
+    Returns int64 batches (n, seq_len) with n <= `batch`; a rank may get none. All ranks together get the same sequences
+    at each call and for any number of ranks. The position of training in the corpus does not change. The other
+    arguments are those of `Loader`, whose UserErrors are raised.
     """
     loader = Loader(
         corpus,

@@ -1,5 +1,7 @@
-"""Which shards a corpus is made of: a folder, a glob or a Hugging Face dataset, resolved once, by rank 0, to a list
-that every rank shares."""
+"""Resolve a corpus (a folder, a glob or a Hugging Face dataset) to its list of shards.
+
+Rank 0 resolves it once, and all ranks share the list.
+"""
 
 import glob
 import hashlib
@@ -27,8 +29,8 @@ class Corpus:
     """The shards of one split, in their canonical order. JSON-serialisable.
 
     `shards` are absolute paths or `hf://` URLs, sorted. `revision` is the commit hash of a hub dataset, None for local
-    files. `fingerprint` stands for the content as cheaply as can be: a hash of the local files' names and sizes (a
-    moved folder keeps it), or the revision.
+    files. `fingerprint` identifies the content without reading it: the revision, or a hash of the local files' relative
+    names and sizes, which a moved folder keeps.
     """
 
     spec: str
@@ -45,15 +47,14 @@ class Corpus:
 
 
 def resolve_corpus(spec: str, split: Split, revision: str | None = None) -> Corpus:
-    """List the shards (.jsonl, .jsonl.gz, .jsonl.zst, at any depth) of `spec`: a folder, a file, a glob or a hub
-    dataset id, tried in that order.
+    """List the shards (.jsonl, .jsonl.gz, .jsonl.zst, at any depth) of `spec`.
 
-    A folder or dataset whose folders or files are named as splits is narrowed to `split` (`plrd_train.data.splits`); a
-    glob or file is taken as it is. `revision` pins a hub dataset and means nothing for local files; a private dataset
-    is read with HF_TOKEN.
+    `spec` is tried as a folder, a file, a glob and a hub dataset id, in that order. If the folders or files of a folder
+    or dataset are named after splits, only the shards of `split` are listed (`plrd_train.data.splits`). A glob or file
+    is used whole. `revision` pins a hub dataset; local files ignore it. A private dataset is read with HF_TOKEN.
 
-    Raises UserError where nothing is found, where no shard is among what is found or all are empty, where names do not
-    tell which shards are of `split`, where two shards hold the same documents, and where the hub cannot be reached.
+    Raises UserError if nothing is found, if no shard is found or all are empty, if the split of a shard is ambiguous,
+    if two shards hold the same documents, or if the hub cannot be reached.
     """
     if os.path.isdir(spec):
         names = [os.path.relpath(shard, spec) for shard in _shards_under(spec)]
@@ -84,15 +85,15 @@ def resolve_corpus(spec: str, split: Split, revision: str | None = None) -> Corp
 
 
 def is_local(spec: str) -> bool:
-    """Whether `resolve_corpus` looks for `spec` on this machine and not on the hub."""
+    """Whether `resolve_corpus` reads `spec` from this machine rather than from the hub."""
     return os.path.exists(spec) or glob.has_magic(spec)
 
 
 def overlap(read: Corpus, held_out: Corpus, use: str) -> str | None:
-    """The note that shards of `held_out` are in `read` too; None where there are none. `use` is what `read` is for:
-    "trained on", "calibrated on".
+    """A note for the user if `read` and `held_out` share shards; None if they do not.
 
-    Shards are the same by their names without compression, or, on this machine, by the file that links lead to.
+    `use` is the use of `read`: "trained on", "calibrated on". Two shards are the same if their names agree without the
+    compression suffix, or if they are links to one local file.
     """
     known = {same for shard in read.shards for same in _same(shard)}
     both = [shard for shard in held_out.shards if not known.isdisjoint(_same(shard))]
@@ -103,13 +104,13 @@ def overlap(read: Corpus, held_out: Corpus, use: str) -> str | None:
 
 
 def _same(shard: str) -> tuple[str, ...]:
-    """What two shards of the same documents have in common, one of these at least."""
+    """Keys of a shard. Two shards hold the same documents if they share a key."""
     name = _SUFFIX.sub("", shard)
     return (name,) if shard.startswith("hf://") else (name, os.path.realpath(shard))
 
 
 def _refuse_twice(spec: str, shards: Iterable[str]) -> None:
-    """Raise UserError where two `shards` hold the same documents: compressed and not, or by a link."""
+    """Raise UserError if two `shards` hold the same documents: one is compressed or a link."""
     seen: dict[str, str] = {}
     for shard in shards:
         for same in _same(shard):
@@ -119,7 +120,7 @@ def _refuse_twice(spec: str, shards: Iterable[str]) -> None:
 
 
 def _shards_under(folder: str) -> list[str]:
-    """Hidden files and folders are left out: they hold downloads in progress and caches."""
+    """All shards below `folder`, except in hidden files and folders, which hold caches and unfinished downloads."""
     inside = glob.iglob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
     return [path for path in inside if path.endswith(SUFFIXES) and os.path.isfile(path)]
 

@@ -1,5 +1,4 @@
-"""Documents of a shard, their encoding by the parent's tokenizer, and the held-out documents on which perplexity is
-measured."""
+"""Documents: reading them from a shard, encoding them, and choosing the held-out ones for perplexity."""
 
 import hashlib
 import json
@@ -37,7 +36,7 @@ class EvalDocument:
 
 
 class UnreadableError(UserError):
-    """A shard that is gone or fails to read at this moment, as a file system or a network may have it."""
+    """A shard is missing or cannot be read, perhaps only for now. A second attempt may succeed."""
 
 
 class _BadLineError(ValueError):
@@ -47,14 +46,15 @@ class _BadLineError(ValueError):
 def read_documents(
     shard: str, *, stripe: int = 0, stripes: int = 1, skip_bad: bool = False, skipped: Counter[str] | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of one shard in its own order; with `stripes` > 1 only those on lines whose index, from 0, is
-    `stripe` modulo `stripes`.
+    """Yield the documents of one shard, in order.
 
-    Documents with an empty text are passed over. A bad line (invalid UTF-8, not a JSON object, no string `text`) raises
-    a UserError that names shard and line, and so does a damaged or truncated shard; with `skip_bad` the line, or the
-    rest of the damaged shard, is passed over. `skipped`, where given, counts by reason what was passed over; over all
-    stripes of a shard each is counted once. A shard that is gone or cannot be read raises UnreadableError, which a
-    second attempt may mend, and one that this user may not read a plain UserError.
+    With `stripes` > 1, only the lines whose index (from 0) is `stripe` modulo `stripes` are read. Documents with an
+    empty text are skipped. With `skip_bad`, bad lines and the rest of a damaged shard are skipped too. `skipped` counts
+    the skipped documents by reason; the stripes of a shard together count each once.
+
+    Raises UserError, naming shard and line, for a bad line (invalid UTF-8, not a JSON object, no string `text`) or a
+    damaged shard, unless `skip_bad`; also if this user may not read the shard. Raises UnreadableError if the shard is
+    missing or cannot be read; a second attempt may succeed.
     """
     skipped = Counter() if skipped is None else skipped
     number = 0
@@ -117,29 +117,30 @@ def _parse(line: bytes) -> Document:
 
 
 def limit_ids(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
-    """Let `encode` refuse the tokens of `tokenizer` whose ids lie past the `embeddings` of its model, if there are
-    any."""
+    """Make `encode` refuse tokens without an embedding: ids of at least `embeddings`, the rows of the table."""
     if max(tokenizer.get_vocab().values(), default=0) >= embeddings:
         tokenizer.embeddings = embeddings
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a whole text, with the special tokens that this tokenizer adds by its own rule. Raises UserError
-    for a token that `limit_ids` has ruled out."""
+    """The token ids of a whole text, with the special tokens that this tokenizer adds.
+
+    Raises UserError for a token without an embedding (`limit_ids`).
+    """
     ids = tokenizer(
         text, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
     embeddings = getattr(tokenizer, "embeddings", None)
     if embeddings is not None and (largest := max(ids, default=0)) >= embeddings:
         token = tokenizer.convert_ids_to_tokens(largest)
-        told = f"a text holds {token!r}, whose id {largest} lies past the {embeddings} embeddings of the model"
-        raise UserError(f"{told}; take it out of the text, or of the tokenizer's added tokens")
+        problem = f"a text holds {token!r}, whose id {largest} lies past the {embeddings} embeddings of the model"
+        raise UserError(f"{problem}; take it out of the text, or of the tokenizer's added tokens")
     return ids
 
 
 @contextmanager
-def named(shard: str) -> Iterator[None]:
-    """Inside, what a document of the shard is refused for names the shard."""
+def naming_shard(shard: str) -> Iterator[None]:
+    """Prefix the message of a UserError with the name of the shard."""
     try:
         yield
     except UserError as error:
@@ -147,8 +148,10 @@ def named(shard: str) -> Iterator[None]:
 
 
 def sample_of(corpus: Corpus, characters: int = 100_000) -> list[str]:
-    """The first documents of a corpus, about so many `characters` of them. What cannot be read ends the sample: who
-    reads it all says so."""
+    """The texts of the first documents of a corpus, about `characters` in all.
+
+    The sample ends at a shard that cannot be read. Reading the whole corpus reports that error.
+    """
     texts: list[str] = []
     try:
         for shard in corpus.shards:
@@ -163,8 +166,7 @@ def sample_of(corpus: Corpus, characters: int = 100_000) -> list[str]:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Stands for what `encode` does: a hash of the vocabulary, and of the ids of a text that pieces, spaces and special
-    tokens are made of."""
+    """A hash that identifies what `encode` does: of the vocabulary, and of the ids of a text that exercises it."""
     known = json.dumps([sorted(tokenizer.get_vocab().items()), encode(tokenizer, PROBE)], ensure_ascii=False)
     return hashlib.sha256(known.encode(errors="surrogatepass")).hexdigest()[:16]
 
@@ -177,28 +179,28 @@ def evaluation_documents(
     skip_bad: bool = False,
     skipped: Counter[str] | None = None,
 ) -> list[EvalDocument]:
-    """Held-out documents in the corpus' order, encoded one by one, each cut to its first `context` tokens.
+    """Held-out documents in the order of the corpus, each encoded alone and cut to its first `context` tokens.
 
-    Those of fewer than two tokens are left out. Stops before the document with which the predicted tokens (one fewer
-    than the tokens, for each document) would come to more than `max_tokens`. `skip_bad` and `skipped` as in
-    `read_documents`. Raises UserError where no document is left, and what `read_documents` raises.
+    Documents of fewer than two tokens are skipped. A document of n tokens predicts n - 1; the list ends before the
+    predicted tokens exceed `max_tokens`. `skip_bad` and `skipped` are those of `read_documents`. Raises UserError if no
+    document remains, and the errors of `read_documents`.
     """
     chosen: list[EvalDocument] = []
     predicted = 0
     for shard in corpus.shards:
         for document in read_documents(shard, skip_bad=skip_bad, skipped=skipped):
-            with named(shard):
+            with naming_shard(shard):
                 ids = encode(tokenizer, document.text)[:context]
             if len(ids) < 2:
                 continue
             predicted += len(ids) - 1
             if predicted > max_tokens:
-                return _some(chosen, corpus, max_tokens)
+                return _not_empty(chosen, corpus, max_tokens)
             chosen.append(EvalDocument(ids, document.domain))
-    return _some(chosen, corpus, max_tokens)
+    return _not_empty(chosen, corpus, max_tokens)
 
 
-def _some(chosen: list[EvalDocument], corpus: Corpus, max_tokens: int) -> list[EvalDocument]:
+def _not_empty(chosen: list[EvalDocument], corpus: Corpus, max_tokens: int) -> list[EvalDocument]:
     if not chosen:
         raise UserError(f"{corpus.spec}: no document of at least two tokens within {max_tokens} tokens to evaluate on")
     return chosen

@@ -1,4 +1,4 @@
-"""Batches of packed sequences at a global position, the same on any number of ranks, read ahead in one thread."""
+"""Batches of packed sequences, in an order that does not depend on the number of ranks. One thread reads ahead."""
 
 import copy
 import itertools
@@ -21,15 +21,16 @@ from plrd_train.data.documents import Document, UnreadableError, encode, fingerp
 from plrd_train.data.streams import START, Cursor, Packed, Stream, Unit, deal_units
 from plrd_train.errors import UserError
 
-WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # before each further attempt to read a shard: a minute in all
+# Seconds of wait before each retry of a shard read: about a minute in all.
+WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of the global sequences [first, first + sequences): `input_ids` (n, seq_len) int64 in ascending
-    global order, n may be 0.
+    """One rank's share of the global sequences [first, first + sequences).
 
-    `domain_tokens` counts the tokens of `input_ids` by domain.
+    `input_ids` (n, seq_len) int64 is in ascending global order; n may be 0. `domain_tokens` counts its tokens by
+    domain.
     """
 
     input_ids: Tensor
@@ -38,19 +39,17 @@ class Batch:
 
 
 class Loader:
-    """Packed training sequences of a corpus, whose order is a function of (seed, global position) and not of the number
-    of ranks.
+    """Packed training sequences of a corpus. Their order depends on the seed, not on the number of ranks.
 
-    The corpus is dealt to `streams` canonical streams (see `plrd_train.data.streams`), each an endless run of
-    documents, encoded by the tokenizer's own rule, with EOS behind each if `append_eos`, and cut into sequences of
-    `seq_len` tokens; the left-over of a document begins the next sequence of its stream. Global sequence i comes from
-    stream i mod `streams`, and stream s is read by rank s mod `world_size` alone. Behind its last document a stream
-    goes on into the next epoch, in another order.
+    The corpus is divided into `streams` canonical streams (see `plrd_train.data.streams`). A stream is an endless
+    sequence of documents: encoded by the tokenizer, each followed by EOS if `append_eos`, concatenated, and cut into
+    sequences of `seq_len` tokens. After its last document a stream begins the next epoch, in a new order. Global
+    sequence i comes from stream i mod `streams`. Only rank s mod `world_size` reads stream s.
 
-    One unit (a shard, or a stripe of one) is in memory for each stream that this rank reads. One that fails to read is
-    tried again for a minute, each attempt after twice the wait, and one line of warning on standard error. As many
-    sequences as the last call asked for are read ahead by one thread; a UserError met there is raised by the `next`
-    that needs the sequence. Not to be called from several threads.
+    Each stream of this rank holds one unit (a shard, or a stripe of one) in memory. A failed read is retried for about
+    a minute; the wait doubles each time, and each retry prints a warning to standard error. One thread reads ahead as
+    many sequences as the last call asked for. Its UserError is raised by the `next` that needs the sequence. The loader
+    is not thread-safe.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Loader:
         world_size: int,
         skip_bad: bool = False,
     ):
-        """Raises UserError where `append_eos` is asked of a tokenizer that has no EOS."""
+        """Raises UserError if `append_eos` is set and the tokenizer has no EOS, or the model no embedding for it."""
         if append_eos and tokenizer.eos_token_id is None:
             raise UserError("data.append_eos=true, but this tokenizer has no EOS token; set data.append_eos=false")
         if append_eos and tokenizer.eos_token_id >= getattr(tokenizer, "embeddings", math.inf):
@@ -92,10 +91,13 @@ class Loader:
         self._start(0, dict.fromkeys(range(rank, streams, world_size), START))
 
     def _start(self, sequence: int, cursors: dict[int, Cursor]) -> None:
-        """Stand before `sequence`. `_sequence` and `_cursors` speak of what was handed out, `_own` and `_readers` of
-        what was read ahead."""
+        """Move to global sequence `sequence`.
+
+        `_sequence` and `_cursors` are the position of the sequences returned; `_own` and `_readers` that of those read
+        ahead.
+        """
         for future in self._ahead:
-            future.cancel()  # one may be running: it ends on a stream of old that nobody else reads
+            future.cancel()  # one may still be running, but on an old stream that nothing else reads
         self._ahead.clear()
         self._sequence, self._cursors = sequence, cursors
         self._own = self._own_sequences(sequence)
@@ -124,7 +126,7 @@ class Loader:
             )
         )
         if skipped:
-            # Replaced, not changed: the other thread may be reading it.
+            # A new dict, since the other thread may be reading the old one.
             self._skipped = {**self._skipped, unit.number: skipped}
         return documents
 
@@ -133,9 +135,9 @@ class Loader:
         return ids if ids[-1:] == self._eos else ids + self._eos  # a tokenizer may end with EOS by its own rule
 
     def next(self, sequences: int) -> Batch:
-        """Go on by `sequences` global sequences (the same number on every rank) and return this rank's share of them.
+        """Advance by `sequences` global sequences, the same number on every rank, and return this rank's share.
 
-        Raises UserError on bad input; the position then stays where it was.
+        Raises UserError on bad input; the position is then unchanged.
         """
         count = self.share(self._sequence, sequences, self._rank)
         while len(self._ahead) < 2 * count:
@@ -158,8 +160,7 @@ class Loader:
         self._ahead[0].result()
 
     def share(self, first: int, sequences: int, rank: int) -> int:
-        """How many of the global sequences [first, first + sequences) rank `rank` gets. Plain arithmetic, the same on
-        every rank."""
+        """The number of the global sequences [first, first + sequences) that rank `rank` reads."""
 
         def below(end: int) -> int:
             rounds, rest = divmod(end, self._streams)
@@ -168,8 +169,10 @@ class Loader:
         return below(first + sequences) - below(first)
 
     def position(self) -> dict[str, Any]:
-        """This rank's part of the global position: what `next` has handed out, not what is read ahead.
-        JSON-serialisable; see `merge_positions`."""
+        """This rank's part of the global position, without what is read ahead. JSON-serialisable.
+
+        `merge_positions` joins the parts.
+        """
         return {
             **self._identity,
             "sequence": self._sequence,
@@ -177,11 +180,11 @@ class Loader:
         }
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Go to a position joined by `merge_positions`, saved on any number of ranks.
+        """Move to a position from `merge_positions`, saved by any number of ranks.
 
-        Opens nothing; the next `next` opens the units at the cursors, and none before them is read again. Raises
-        UserError where the position was saved with another corpus, tokenizer, seed or number of streams, and where it
-        has no cursor for one of this rank's streams.
+        No file is opened. The next call of `next` opens the units at the cursors and reads nothing before them. Raises
+        UserError if the position was saved with another corpus, tokenizer, seed or number of streams, or if it lacks
+        the cursor of one of this rank's streams.
         """
         for name, key in (
             ("corpus", "data.train"),
@@ -206,13 +209,12 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The largest epoch, from 0, that one of this rank's streams has begun in what was handed out."""
+        """The largest epoch, from 0, among the sequences that this rank has returned."""
         return max((cursor.epoch for cursor in self._cursors.values()), default=0)
 
     @property
     def bad_documents(self) -> dict[str, int]:
-        """Documents passed over so far, by reason, in what this loader has read (and read ahead), each once however
-        many epochs there are."""
+        """{reason: documents skipped so far}, reading ahead included. Each document counts once over all epochs."""
         return dict(sum(self._skipped.values(), Counter()))
 
     def close(self) -> None:
@@ -222,8 +224,10 @@ class Loader:
 
 
 def merge_positions(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The global position out of the ranks' parts. Raises ValueError where they do not stand at the same global
-    sequence of the same streams."""
+    """Merge the positions of all ranks into the global one.
+
+    Raises ValueError if they differ in the global sequence or in the corpus, or if a stream is missing.
+    """
     cursors = {stream: cursor for part in parts for stream, cursor in part["cursors"].items()}
     merged = {**parts[0], "cursors": dict(sorted(cursors.items(), key=lambda item: int(item[0])))}
     if (

@@ -1,4 +1,4 @@
-"""The bytes of one shard, decompressed: a local path or an `hf://` URL; plain, gzip or zstd."""
+"""Open one shard, a local path or an `hf://` URL, and decompress it: plain, gzip or zstd."""
 
 import contextlib
 import gzip
@@ -10,10 +10,10 @@ from typing import BinaryIO
 import zstandard
 from huggingface_hub.errors import HfHubHTTPError
 
-# What a failing disk, network or hub raises. The HTTP client's own error class changes between versions of the hub
+# Errors of a failing disk, network or hub. The HTTP client's own error class changes between versions of the hub
 # library, but is always a base of HfHubHTTPError.
 READ_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
-# What reading raises where the compressed bytes stop short or are damaged.
+# Errors of compressed bytes that are damaged or end early.
 DAMAGED: tuple[type[BaseException], ...] = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 _READ_BYTES = 1 << 17
@@ -21,10 +21,10 @@ _READ_BYTES = 1 << 17
 
 @contextlib.contextmanager
 def open_shard(shard: str) -> Iterator[Iterable[bytes]]:
-    """The lines of a shard, decompressed by its suffix (.gz, .zst, else none).
+    """Yield the lines of a shard, decompressed by its suffix (.gz, .zst; any other is plain).
 
-    Raises READ_ERRORS where it cannot be opened or read (FileNotFoundError where it is gone), one of DAMAGED while
-    reading where it is cut short.
+    Raises one of READ_ERRORS if the shard cannot be opened or read (FileNotFoundError if it is missing). Reading raises
+    one of DAMAGED if the shard is truncated or damaged.
     """
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(_open_bytes(shard))
@@ -39,15 +39,17 @@ def open_shard(shard: str) -> Iterator[Iterable[bytes]]:
 def _open_bytes(shard: str) -> BinaryIO:
     if not shard.startswith("hf://"):
         return open(shard, "rb")
-    # Streams, and retries where the connection drops; imported here as it takes seconds.
+    # It streams, and reconnects after a dropped connection. Importing it takes seconds, so the import is here.
     from datasets.utils.file_utils import xopen
 
     return xopen(shard, "rb")
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of all frames of `source`. zstandard's own reader takes a file that is cut short for a shorter
-    one; this raises EOFError."""
+    """The decompressed bytes of all frames of `source`.
+
+    Raises EOFError for a truncated file; zstandard's own reader treats it as a shorter file.
+    """
 
     def __init__(self, source: BinaryIO):
         self._chunks = _zstd_chunks(source)
@@ -66,7 +68,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 def _zstd_chunks(source: BinaryIO) -> Iterator[bytes]:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # the largest that `zstd --long` writes
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # the largest window that `zstd --long` writes
     frame, whole = decompressor.decompressobj(), False
     while data := (frame.unused_data if frame.eof else b"") or source.read(_READ_BYTES):
         if frame.eof:

@@ -1,5 +1,4 @@
-"""Which shards of a corpus are of which split, by the names of folders and files, as Hugging Face's `datasets` has
-it."""
+"""Assign shards to splits by the names of folders and files, with the rules of Hugging Face's `datasets`."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Literal
 from plrd_train.errors import UserError
 
 Split = Literal["train", "validation"]
-# Words and separators of datasets/data_files.py. They are written down again because importing that takes a second.
+# Words and separators of datasets/data_files.py, copied because importing that module takes a second.
 WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -19,15 +18,16 @@ SEPARATORS = "-._ 0-9"
 _NAME = rf"(^|[{SEPARATORS}])({{}})([{SEPARATORS}]|$)"
 _NAMES = {split: re.compile(_NAME.format("|".join(words))) for split, words in WORDS.items()}
 _SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
-# In this form the whole word is the split: train_sft is another one than train.
+# In this form the whole word names the split: train_sft is not train.
 _NUMBERED = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 
 
 def narrow_to_split(spec: str, names: Sequence[str], split: Split, folder: str | None) -> list[str]:
-    """Of the shards `names`, relative to the root of the corpus `spec`, those of `split`; all where none is named.
+    """The shards of `split` among `names`, which are relative to the root of the corpus `spec`.
 
-    `folder` is the root's own name, None for a hub dataset. A folder that is named as a split, and holds that one
-    alone, was meant as it is. Raises UserError where names do not tell which shards are of `split`.
+    If no name contains a split, all shards are returned. `folder` is the name of the root, None for a hub dataset. A
+    folder named after a split that contains only that split is used whole, whatever `split` is. Raises UserError if the
+    split of a shard is ambiguous, or if there is no shard of `split`.
     """
     mend = "download it, and give a glob of its" if folder is None else "give the folder, file or glob to use as"
     mend += f" {split} data"
@@ -52,7 +52,7 @@ def narrow_to_split(spec: str, names: Sequence[str], split: Split, folder: str |
 
 
 def _splits_of(name: str, numbered: bool) -> frozenset[str]:
-    """What the folders and the file of a shard name; in a corpus of the numbered form, the word there alone."""
+    """The splits in the folder and file names of a shard; if `numbered`, only in the word before the number."""
     word = _numbered_word(name) if numbered else None
     if word:
         return frozenset({_SPLIT_OF.get(word, word)})
@@ -66,5 +66,5 @@ def _numbered_word(name: str) -> str | None:
 
 @cache
 def _splits_in(part: str) -> frozenset[str]:
-    """The splits that one folder's or file's name tells of."""
+    """The splits in the name of one folder or file."""
     return frozenset(split for split, pattern in _NAMES.items() if pattern.search(part))

@@ -1,5 +1,7 @@
-"""One canonical stream: endless documents, ordered by (seed, epoch) alone and cut into packed sequences, with a cursor
-to come back to."""
+"""One canonical stream: an endless sequence of documents, cut into packed sequences.
+
+The order depends on (seed, epoch) alone. A cursor records a position, so that reading can resume there.
+"""
 
 import itertools
 from collections import Counter
@@ -8,15 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plrd_train.data.documents import Document, named
+from plrd_train.data.documents import Document, naming_shard
 from plrd_train.errors import UserError
 
 _UNIT_ORDER, _DOCUMENT_ORDER = 0, 1  # keep the two families of permutations apart
 
 
 class Unit(NamedTuple):
-    """What is loaded and shuffled at once: the lines of one shard whose index is `stripe` modulo `stripes`. `number` is
-    its place in the corpus."""
+    """A unit of loading and shuffling: the lines of one shard whose index is `stripe` modulo `stripes`.
+
+    `number` is its index in the corpus.
+    """
 
     number: int
     shard: str
@@ -25,8 +29,11 @@ class Unit(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """A place in a stream: epoch, index in that epoch's order of units, index in the shuffled unit, and tokens of that
-    document already read."""
+    """A position in a stream.
+
+    epoch: from 0. unit: index in the epoch's order of units. document: index in the shuffled unit. offset: tokens of
+    that document already read.
+    """
 
     epoch: int
     unit: int
@@ -35,7 +42,7 @@ class Cursor(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """`tokens` (length,) int64; how many of them each domain gave; the cursor behind the last of them."""
+    """A packed sequence: `tokens` (length,) int64, their counts by domain, and the cursor after the last one."""
 
     tokens: np.ndarray
     domain_tokens: dict[str, int]
@@ -48,8 +55,8 @@ START = Cursor(0, 0, 0, 0)
 def deal_units(shards: Sequence[str], streams: int) -> list[list[Unit]]:
     """The units of each stream: unit u goes to stream u mod `streams`.
 
-    Where there are fewer shards than streams each shard is split into ceil(streams / shards) stripes, so that each
-    stream has one unit at least, and neighbouring streams read different shards.
+    With fewer shards than streams, each shard is split into ceil(streams / shards) stripes. Each stream then has at
+    least one unit, and neighbouring streams read different shards.
     """
     stripes = -(-streams // len(shards))
     units = [Unit(u, shards[u % len(shards)], u // len(shards), stripes) for u in range(len(shards) * stripes)]
@@ -61,11 +68,10 @@ def _permutation(count: int, *key: int) -> np.ndarray:
 
 
 class Stream:
-    """Reads stream `index`, made of `units`, from `cursor` on. Nothing is opened before the first `take`, and then only
-    the unit at the cursor.
+    """Reads stream `index`, which consists of `units`, from `cursor` on.
 
-    `load` gives the documents of a unit, all of which are held in memory until the stream moves on; `encode` gives the
-    token ids of a document.
+    The first `take` opens the unit at the cursor; nothing is opened before. `load` returns the documents of a unit,
+    which stay in memory until the next unit. `encode` returns the token ids of a document.
     """
 
     def __init__(
@@ -79,13 +85,12 @@ class Stream:
     ):
         self._index, self._units, self._load, self._encode, self._seed = index, units, load, encode, seed
         self._documents = self._read(cursor)
-        self._cursor = cursor  # of the document in hand; the offset is the one to start it at
+        self._cursor = cursor  # of the current document; `offset` counts its tokens already taken
         self._ids = np.empty(0, dtype=np.int64)
         self._domain = ""
 
     def take(self, length: int) -> Packed:
-        """The next `length` tokens. Raises UserError as `read_documents` does, and where a whole epoch holds no
-        token."""
+        """The next `length` tokens. Raises the errors of `read_documents`, and UserError if an epoch has no token."""
         tokens = np.empty(length, dtype=np.int64)
         domains: Counter[str] = Counter()
         filled = 0
@@ -101,10 +106,12 @@ class Stream:
         return Packed(tokens, dict(domains), self._cursor)
 
     def _read(self, start: Cursor) -> Iterator[tuple[Cursor, str, np.ndarray]]:
-        """Each document from `start` on, with the cursor at which to begin it: its head, but for the first
-        `start.offset` tokens of the first."""
+        """Yield (cursor, domain, token ids) of each document from `start` on.
+
+        The cursor's offset is where to begin the document: `start.offset` for the first, 0 for all others.
+        """
         for epoch in itertools.count(start.epoch):
-            found = any(start[1:])  # an epoch entered halfway may well hold nothing more
+            found = any(start[1:])  # an epoch that is resumed midway may have no tokens left
             order = _permutation(len(self._units), _UNIT_ORDER, self._seed, epoch, self._index)
             for turn in range(start.unit, len(order)):
                 unit = self._units[order[turn]]
@@ -112,7 +119,7 @@ class Stream:
                 shuffled = _permutation(len(documents), _DOCUMENT_ORDER, self._seed, epoch, unit.number)
                 for place in range(start.document, len(shuffled)):
                     document = documents[shuffled[place]]
-                    with named(unit.shard):
+                    with naming_shard(unit.shard):
                         ids = np.asarray(self._encode(document), dtype=np.int64)
                     found = found or len(ids) > 0
                     yield Cursor(epoch, turn, place, start.offset), document.domain, ids
@@ -120,6 +127,5 @@ class Stream:
             if not found:
                 raise UserError(
                     f"{self._units[0].shard} and the other shards of data stream {self._index} hold no text: the "
-                    "corpus has too few documents "
-                    "for so many streams; lower data.streams or give more text"
+                    "corpus has too few documents for so many streams; lower data.streams or give more text"
                 )

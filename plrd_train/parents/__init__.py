@@ -1,1 +1,1 @@
-"""Hugging Face in and out: parents, members, and what lies in their folders."""
+"""Hugging Face models: finding, checking and reading parents and members."""

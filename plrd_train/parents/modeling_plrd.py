@@ -1,7 +1,7 @@
-"""Low-rank models as transformers sees them: any causal LM of the library, some of its Linears in another form.
+"""Low-rank models for transformers: any causal LM of the library, with some of its Linears in another form.
 
-This file, linear.py, surgery.py and that of the form also travel inside every member, which so loads without plrd_train
-(`trust_remote_code=True`).
+This file, linear.py, surgery.py and the file of the form are copied into every member. A member therefore loads without
+plrd_train (`trust_remote_code=True`).
 """
 
 import functools
@@ -19,17 +19,19 @@ from plrd_train.compress.linear import LowRankLinear
 from plrd_train.compress.surgery import replace_linears
 
 MODEL_TYPE = "plrd"
-# The weights are model.plrd.safetensors, so that a class that knows nothing of ranks finds no weights and raises; under
-# the usual name LlamaForCausalLM.from_pretrained(member) would come up with random Linears and a warning.
+# The weights are in model.plrd.safetensors, so that a class without ranks finds no weights and raises. Under the usual
+# name, LlamaForCausalLM.from_pretrained(member) would only warn and return random Linears.
 VARIANT = "plrd"
 _CODE = {"AutoConfig": "modeling_plrd.PlrdConfig"}
-# What a low-rank config.json has on top of the parent's.
+# Keys that a low-rank config.json has in addition to the parent's.
 _OWN_KEYS = ("model_type", "parent_model_type", "auto_map", "plrd")
 
 
 def code_files(form: str) -> dict[str, str]:
-    """The modules that a folder needs to load without plrd_train: {file name: source}, importing each other as
-    neighbours. In the place of the registry of forms stands the one `form`."""
+    """{file name: source} of the modules that a folder needs to load without plrd_train.
+
+    They import each other relatively. A forms.py with `form` alone replaces the registry of forms.
+    """
     of_form = linear_of(form).__module__
     files = [
         Path(str(sys.modules[name].__file__))
@@ -46,14 +48,16 @@ def code_files(form: str) -> dict[str, str]:
 
 @functools.cache
 def _config_class(parent: Any) -> Any:
-    """The subclass of an architecture's config class that carries ranks, its model class registered with
-    AutoModelForCausalLM."""
+    """The subclass of an architecture's config class that carries ranks.
+
+    Its model class is registered with AutoModelForCausalLM.
+    """
 
     class Config(parent):
         # model_type stays the parent's: transformers looks up tokenizers and weight conversions by it. Only config.json
         # says "plrd".
         parent_class = parent
-        base_model_tp_plan = None  # the parent's plan splits Linears that are two now
+        base_model_tp_plan = None  # the parent's plan would split Linears that are now pairs
         plrd: dict[str, Any] | None = None
 
         def __post_init__(self, **kwargs):
@@ -77,7 +81,7 @@ def _config_class(parent: Any) -> Any:
 
 
 def _model_class(config: Any, parent: Any) -> Any:
-    """The subclass of an architecture's causal LM whose Linears are low-rank as its config says."""
+    """The subclass of an architecture's causal LM that has the low-rank Linears of its config."""
 
     class Model(parent):
         config_class = config
@@ -107,7 +111,7 @@ def _model_class(config: Any, parent: Any) -> Any:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, variant=variant, output_loading_info=True, **kwargs
             )
-            if info["missing_keys"]:  # transformers would make them up
+            if info["missing_keys"]:  # transformers would initialise them at random
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: the weights lack "
                     f"{', '.join(sorted(info['missing_keys'])[:3])}; publish this member again"
@@ -129,7 +133,10 @@ def _checked_ranks(config: PreTrainedConfig) -> dict[str, int]:
 
 
 class PlrdConfig(PreTrainedConfig):
-    """What `"model_type": "plrd"` stands for; reading one gives the subclass of the parent architecture's config."""
+    """The config class of `"model_type": "plrd"`.
+
+    `from_dict` returns the subclass of the parent architecture's config.
+    """
 
     model_type = MODEL_TYPE
 
@@ -145,12 +152,12 @@ class PlrdConfig(PreTrainedConfig):
 
 
 def model_ranks(config: PreTrainedConfig) -> dict[str, int]:
-    """{module name: rank} of the Linears that a model of this config has as LowRankLinear; empty for a dense model."""
+    """{module name: rank} of the low-rank Linears of this config; empty for a dense model."""
     return _checked_ranks(config) if hasattr(config, "parent_class") else {}
 
 
 def model_form(config: PreTrainedConfig) -> str:
-    """The form of these Linears."""
+    """The form of the low-rank Linears of this config."""
     form = (getattr(config, "plrd", None) or {}).get("form", "lowrank")
     if not isinstance(form, str):
         raise ValueError('config.json of a low-rank model needs "plrd": {"form": a name}')
@@ -158,8 +165,10 @@ def model_form(config: PreTrainedConfig) -> str:
 
 
 def with_ranks(config: PreTrainedConfig, ranks: Mapping[str, int], form: str = "lowrank") -> PreTrainedConfig:
-    """A copy of `config`, dense or low-rank, for a model with exactly these `ranks`, of that form; with none it is the
-    plain config of the architecture."""
+    """A copy of `config`, dense or low-rank, for a model with exactly these `ranks` in this `form`.
+
+    Without ranks it is the plain config of the architecture.
+    """
     parent: Any = getattr(config, "parent_class", type(config))
     own = _config_class(parent) if ranks else parent
     values = {key: value for key, value in config.to_dict().items() if key not in _OWN_KEYS}

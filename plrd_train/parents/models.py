@@ -1,8 +1,10 @@
-"""Building the model of a config without its weights, and what weights do not bring: the buffers."""
+"""Build the model of a config without its weights, and recompute the buffers that no file stores."""
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from plrd_train.compress.blocks import blocks_of
 from plrd_train.compress.contracts import DecompositionError
 from plrd_train.errors import UserError
+from plrd_train.parents.messages import first_line
 from plrd_train.parents.modeling_plrd import model_ranks, with_ranks
 from plrd_train.parents.probe import Probe, probe
 
@@ -19,13 +22,15 @@ from plrd_train.parents.probe import Probe, probe
 def build_model(
     config: PreTrainedConfig, ranks: Mapping[str, int] | None = None, attention: str | None = None
 ) -> PreTrainedModel:
-    """The causal LM of `config` in float32 on the default device, usually under `torch.device("meta")`; its weights are
-    not set.
+    """Build the causal LM of `config` in float32 on the default device, without setting its weights.
 
-    `ranks` {module name: rank} says which Linears are pairs of factors, all others being dense; None: those of the
-    config (of a member), which are pairs here whatever their published form. `attention` is one of transformers'
-    implementations; None: its own choice. Raises ValueError where `ranks` names something that is no Linear or the
-    architecture has no such attention, ImportError where that is not installed.
+    Most callers build under `torch.device("meta")`. `ranks` {module name: rank} names the low-rank Linears; each is a
+    pair of factors, and all other Linears are dense. With None, the ranks are those of the config (of a member), whose
+    Linears also become pairs of factors, whatever form they were published in. `attention` is an attention
+    implementation of transformers; None leaves the choice to transformers.
+
+    Raises ValueError if `ranks` names a module that is not a Linear, or if the architecture lacks this attention;
+    ImportError if the attention's package is not installed.
     """
     config = with_ranks(config, model_ranks(config) if ranks is None else ranks)
     return AutoModelForCausalLM.from_config(
@@ -34,59 +39,78 @@ def build_model(
 
 
 def published_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The class and structure that `AutoModelForCausalLM` loads a folder of this `config` as, otherwise as
-    `build_model`."""
+    """Build the model with the class and structure that `AutoModelForCausalLM` loads for this `config`.
+
+    Device, dtype and weights are as in `build_model`.
+    """
     return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
 
 
-_PROBED: dict[str, Probe] = {}
+_PROBES: dict[str, Probe] = {}
 
 
-def probed(config: PreTrainedConfig) -> Probe:
-    """What a forward of the causal LM of `config` shows (`plrd_train.parents.probe`), found once in a process."""
+def probe_of(config: PreTrainedConfig) -> Probe:
+    """The probe of the causal LM of `config` (`plrd_train.parents.probe`), cached for the life of the process."""
     key = f"{type(config).__qualname__} {config.to_json_string()}"
-    if key not in _PROBED:
+    if key not in _PROBES:
         with torch.device("meta"):
             model = build_model(config)
-        _PROBED[key] = probe(model, blocks_of(model))
-    return _PROBED[key]
+        _PROBES[key] = probe(model, blocks_of(model))
+    return _PROBES[key]
 
 
-def described(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config of `parent.scratch.architecture`, which with its vocabulary is `values`. Raises UserError where no
-    model can be made of it."""
+@contextmanager
+def _building_on_meta(source: str, fix: str) -> Iterator[None]:
+    """Build models on the meta device. Any error becomes a UserError: `source` is where the config came from."""
     try:
-        config = AutoConfig.for_model(**values)
         with torch.device("meta"):
-            build_model(config)
-    except Exception as error:  # transformers has no common class for what a wrong config raises
-        raise UserError(
-            f"parent.scratch.architecture: no model can be made of it ({' '.join(str(error).split())})"
-        ) from None
+            yield
+    except Exception as error:  # transformers has no common class for the errors of a wrong config
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: no model can be built from it ({type(error).__name__}: {reason}); {fix}") from error
+
+
+def check_architecture(config: PreTrainedConfig, file: Path) -> PreTrainedModel:
+    """The model of `config`, which was read from `file`, on the meta device.
+
+    Raises UserError if transformers cannot build it.
+    """
+    with _building_on_meta(str(file), "fetch it again"):
+        return published_model(config)
+
+
+def scratch_config(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a parent that is trained from scratch: `parent.scratch.architecture` and its vocabulary size.
+
+    Raises UserError if transformers cannot build a model from `values`.
+    """
+    with _building_on_meta("parent.scratch.architecture", "correct these values"):
+        config = AutoConfig.for_model(**values)
+        published_model(config)
     return config
 
 
 def check_attention(config: PreTrainedConfig, attention: str | None) -> None:
-    """Raise UserError where the architecture, the machine or what is installed has no such attention."""
+    """Raise UserError if this attention is unavailable: to the architecture, on this machine, or not installed."""
     try:
         with torch.device("meta"):
             build_model(config, attention=attention)
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"parent.attention: {attention} cannot be used here ({str(error).splitlines()[0]}); choose sdpa"
+            f"parent.attention: {attention} cannot be used here ({first_line(error)}); choose sdpa"
         ) from None
 
 
 @torch.no_grad()
 def refill_buffers(model: PreTrainedModel) -> None:
-    """Recompute the non-persistent buffers (rotary frequencies, embedding scales), which hold garbage after `to_empty`,
-    as transformers does.
+    """Recompute the non-persistent buffers (rotary frequencies, embedding scales), as transformers initialises them.
 
-    Parameters and persistent buffers are not touched, whatever they are (DTensors, partitioned, on meta). Raises
-    RuntimeError naming a buffer that the architecture does not recompute.
+    After `to_empty` these buffers are uninitialised memory. Parameters and persistent buffers stay untouched, also as
+    DTensors, partitioned, or on meta. Raises RuntimeError with the name of a buffer that the architecture does not
+    recompute.
     """
     outcomes = []
-    for filler in (0, 1):  # a buffer is recomputed if and only if what it held before does not matter
+    for filler in (0, 1):  # a recomputed buffer has the same values whatever it held before
         for _, buffer in model.named_non_persistent_buffers():
             buffer.fill_(filler)
         for module, owner in _buffer_owners(model, model):
@@ -100,8 +124,10 @@ def refill_buffers(model: PreTrainedModel) -> None:
 
 
 def _buffer_owners(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
-    """Each module with non-persistent buffers of its own, and the innermost PreTrainedModel around it, whose
-    initialisation applies."""
+    """Yield each module that owns non-persistent buffers, with the innermost PreTrainedModel around it.
+
+    That PreTrainedModel initialises the module.
+    """
     owner = module if isinstance(module, PreTrainedModel) else owner
     if module._non_persistent_buffers_set:
         yield module, owner
@@ -110,8 +136,10 @@ def _buffer_owners(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:
-    """A stand-in that shares the module's attributes and non-persistent buffers, all else being on meta: initialising
-    it cannot harm the module."""
+    """A copy of the module that shares its attributes and non-persistent buffers; all other tensors are on meta.
+
+    Initialising the copy therefore changes nothing but those buffers.
+    """
     twin = object.__new__(type(module))  # not type(module)(): FSDP2 gives its classes another constructor
     twin.__dict__.update(module.__dict__)
     on_meta = {
@@ -130,8 +158,10 @@ def _without_parameters(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class HubArchitecture:
-    """The causal LM of `config` with the Linears of `ranks` low-rank, and that `attention` (see `build_model`): what
-    `plrd_train.engine.Architecture` and `plrd_train.compress.contracts.Architecture` ask for."""
+    """The causal LM of `config`; `ranks` and `attention` are those of `build_model`.
+
+    Implements `plrd_train.engine.Architecture` and `plrd_train.compress.contracts.Architecture`.
+    """
 
     config: PreTrainedConfig
     ranks: Mapping[str, int] | None = None
@@ -144,8 +174,8 @@ class HubArchitecture:
         refill_buffers(cast(PreTrainedModel, model))
 
     def outputs(self) -> Mapping[str, int]:
-        """As `plrd_train.compress.contracts.Architecture` asks for it."""
-        found = probed(self.config)
+        """See `plrd_train.compress.contracts.Architecture`. Raises DecompositionError if the blocks form no chain."""
+        found = probe_of(self.config)
         if found.unchained is not None:
-            raise DecompositionError(f"its blocks cannot be taken one after the other: {found.unchained}")
+            raise DecompositionError(f"its blocks cannot be run one after the other: {found.unchained}")
         return found.outputs

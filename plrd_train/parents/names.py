@@ -1,5 +1,4 @@
-"""Which tensor of a checkpoint is which of the model's, by transformers' own rules, and what the model has no place
-for."""
+"""Match the tensor names of a checkpoint with those of a model, by transformers' own rules."""
 
 import re
 from collections import Counter
@@ -18,11 +17,11 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Names:
-    """How the tensors that files hold are called in the model.
+    """The name in the model of each tensor in the files.
 
-    taken: {name in the model: name in the files} of the tensors that are taken as they are. converted: likewise of
-    those that must be converted first. left_out: {name in the files: the name that the rules lead to} of those that the
-    model has no place for.
+    taken: {name in the model: name in the files} of the tensors that are used unchanged.
+    converted: the same, for tensors that must be converted first.
+    left_out: {name in the files: name after transformers' renaming rules} of the tensors that the model does not have.
     """
 
     taken: dict[str, str]
@@ -31,7 +30,7 @@ class Names:
 
 
 def match(model: PreTrainedModel, stored: Iterable[str]) -> Names:
-    """Match the names that files hold with those of `model` as its from_pretrained does it."""
+    """Match the tensor names `stored` in files with those of `model`, as its from_pretrained does."""
     rules, state = get_model_conversion_mapping(model), model.state_dict()
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -47,10 +46,11 @@ def match(model: PreTrainedModel, stored: Iterable[str]) -> Names:
     return names
 
 
-def changing_values(model: PreTrainedModel, names: Names) -> list[str]:
-    """The stored tensors that are left out although they stand beside a weight of the model: scales of quantized
-    weights, a bias that config.json does not know, factors of an adapter. Without them that weight is not what was
-    stored."""
+def altering_tensors(model: PreTrainedModel, names: Names) -> list[str]:
+    """Stored tensors that are left out, but change the value of a weight in the same module.
+
+    Examples are the scales of quantized weights, a bias that config.json does not have, and the factors of an adapter.
+    """
     ignored = model._keys_to_ignore_on_load_unexpected
     known = re.compile("|".join(ignored)) if ignored else None
     found = []
@@ -62,9 +62,11 @@ def changing_values(model: PreTrainedModel, names: Names) -> list[str]:
     return found
 
 
-def told(model: PreTrainedModel, names: Names) -> list[str]:
-    """What a user is told of the tensors that are left out: one line for them all, and one for layers that config.json
-    does not count."""
+def left_out_notes(model: PreTrainedModel, names: Names) -> list[str]:
+    """Lines for the user on the tensors that are left out.
+
+    One line lists them all. Another names the layers beyond those that config.json counts.
+    """
     if not names.left_out:
         return []
     lines = []
@@ -83,20 +85,21 @@ def told(model: PreTrainedModel, names: Names) -> list[str]:
         else "1 stored tensor is left out"
     )
     lines.append(
-        f"{what}, as transformers does, for which {type(model).__name__} has no place: {grouped(list(names.left_out))}"
+        f"{what}, as transformers does, for which {type(model).__name__} has no place: "
+        f"{name_patterns(list(names.left_out))}"
     )
     return lines
 
 
-def grouped(names: Sequence[str]) -> str:
-    """Names with `*` for their numbers, each once with its count, the first few of them."""
+def name_patterns(names: Sequence[str]) -> str:
+    """Summarise names as patterns: `*` replaces each number, and a count follows. At most four patterns are listed."""
     counts = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
     shown = [f"{pattern} ({count})" if count > 1 else pattern for pattern, count in list(counts.items())[:_SHOWN]]
     return ", ".join(shown) + (f" and {len(counts) - _SHOWN} more kinds" if len(counts) > _SHOWN else "")
 
 
 def _deepest(model: nn.Module, name: str) -> nn.Module | None:
-    """The innermost module of `model` on the way to `name`, None where not even the outermost is there."""
+    """The innermost module of `model` on the path `name`; None if the path does not even begin in the model."""
     module, parts = model, name.split(".")
     for part in parts:
         child = module._modules.get(part)

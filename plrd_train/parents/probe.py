@@ -1,5 +1,4 @@
-"""What one forward tells of an architecture, run on the meta device, where tensors have shapes but neither values nor
-memory."""
+"""Inspect an architecture by one forward on the meta device, where tensors have shapes but no values."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -17,19 +16,18 @@ from transformers import PreTrainedModel
 from plrd_train.parents.reads import read_in_source
 
 _TOKENS = 8
-# A table of positions may have that many rows more than the model takes tokens: OPT's has 2.
+# A position table may have this many rows more than the longest sequence: OPT's has 2.
 _MORE_ROWS = 2
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the forward of an architecture shows.
+    """Facts about an architecture, found by one forward.
 
-    fixed: the Linears that nothing can stand in for, since other code than nn.Linear's forward reads their weight or
-    bias. outputs: {name of a block: the number of elements of the tuple that it returns, 0 for a tensor}, in the order
-    of the calls. unchained: why the blocks cannot be run one after the other on nothing but the hidden states of the
-    block before; None: they can. positions: the most tokens that the model's table of positions has rows for; None:
-    positions are computed, or there are none.
+    fixed: the Linears that cannot be replaced, because code other than nn.Linear's forward reads their weight or bias.
+    outputs: {block name: length of the tuple that the block returns, 0 for a tensor}, in the order of the calls.
+    unchained: why the blocks cannot be run one by one, each on the hidden states of the block before; None if they can.
+    positions: the longest sequence, in tokens, that the position table covers; None without such a table.
     """
 
     fixed: frozenset[str]
@@ -40,10 +38,10 @@ class Probe:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> Probe:
-    """Run `model`, which is on the meta device and is of no use afterwards, on a few tokens. `blocks` are its blocks by
-    name.
+    """Run `model`, which is on the meta device, on a few tokens. `blocks` is {name: block}.
 
-    An architecture that cannot run without values is judged by its source code alone, and its blocks are `unchained`.
+    The model cannot be used afterwards: its Linears and blocks carry hooks. For an architecture whose forward needs
+    values, `fixed` comes from its source code alone, and `unchained` says so.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fixed = {name for name, linear in linears.items() if not _is_linear(linear)} | set(read_in_source(model, linears))
@@ -55,7 +53,7 @@ def probe(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> Probe:
     try:
         with _experts_by_shape(model), torch.device("meta"), values:
             cast(Any, model.eval())(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
-    except Exception as error:  # whatever an architecture stumbles over without values
+    except Exception as error:  # an architecture may raise any error without values
         why = f"it cannot be run without values: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         return Probe(frozenset(fixed), unchained=why)
     has_table = isinstance(limit, int) and any(limit <= rows <= limit + _MORE_ROWS for rows in values.rows)
@@ -67,7 +65,7 @@ def probe(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> Probe:
 
 @functools.cache
 def _computes_as_linear(kind: Any) -> bool:
-    """Whether a subclass with a forward of its own gives what nn.Linear gives (Falcon's does, a router does not)."""
+    """Whether a subclass with its own forward computes what nn.Linear does (Falcon's does, a router does not)."""
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((5, 4), (5,), (3, 4)))
     twin: Any = object.__new__(kind)
@@ -118,8 +116,8 @@ def _watched(kind: Any) -> Any:
 
 
 class _Chain:
-    """Notes what the blocks return, and whether each is given the hidden states that the one before returns, and
-    nothing else that blocks made."""
+    """Records the outputs of the blocks, and whether each block receives the hidden states of the block before and no
+    other tensor that blocks made."""
 
     def __init__(self, blocks: Mapping[str, nn.Module]):
         self.outputs: dict[str, int] = {}
@@ -156,7 +154,7 @@ class _Chain:
 
 
 class _Values(TorchDispatchMode):
-    """Answers for values that meta tensors have not, and notes what is looked up in tables other than the input
+    """Supplies the values that a forward asks of meta tensors, and records lookups in tables other than the input
     embeddings."""
 
     def __init__(self, model: PreTrainedModel, chain: _Chain):
@@ -180,7 +178,7 @@ class _Values(TorchDispatchMode):
 
 
 def _rows_looked_up(func: Any, args: tuple) -> Iterator[int]:
-    """The sizes of the dimensions of a table along which this operation looks rows up."""
+    """The sizes of the dimensions of a table that this operation indexes."""
     aten, shape = torch.ops.aten, args[0].shape
     if func is aten.embedding.default:
         yield shape[0]
@@ -192,7 +190,7 @@ def _rows_looked_up(func: Any, args: tuple) -> Iterator[int]:
 
 @contextmanager
 def _experts_by_shape(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, mixtures of experts run in that form whose shapes do not depend on values."""
+    """Run mixtures of experts by the implementation whose shapes do not depend on values."""
     before = model.config._experts_implementation
     model.config._experts_implementation = "batched_mm"
     try:

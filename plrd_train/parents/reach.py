@@ -1,4 +1,4 @@
-"""What of a parent can be factored, by which methods and with how many tokens at once: asked before any work."""
+"""What can be done with a parent: which Linears can be factored, by which methods, and its longest sequence."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,24 +10,26 @@ from plrd_train.compress.blocks import blocks_of
 from plrd_train.compress.ranks import Shape
 from plrd_train.compress.surgery import eligible_linears
 from plrd_train.errors import UserError
-from plrd_train.parents.models import build_model, probed
-from plrd_train.parents.names import grouped
+from plrd_train.parents.models import build_model, probe_of
+from plrd_train.parents.names import name_patterns
 
-# The least share of a block's matrices that is worth a note where it cannot be factored.
+# A note is given if more than this share of the matrices in the blocks cannot be factored.
 _NOTED = 0.1
 
 
 def shapes_of(
     model: nn.Module, config: PreTrainedConfig, include: Sequence[str], exclude: Sequence[str], path: str, form: str
 ) -> dict[str, Shape]:
-    """The eligible Linears of `model`, which is of `config` and the parent `path`, and becomes one of that `form`.
-    Raises UserError where there is none."""
-    fixed = probed(config).fixed
+    """{module name: shape} of the Linears of `model` that can be factored into `form`.
+
+    `model` is built from `config`; `path` names the parent in messages. Raises UserError if there is no such Linear.
+    """
+    fixed = probe_of(config).fixed
     shapes = {name: Shape.of(linear, form) for name, linear in eligible_linears(model, include, exclude, fixed)}
     if shapes:
         return shapes
     if any(True for _ in eligible_linears(model, fixed=fixed)):
-        raise UserError(f"linears: no Linear of {path} is left to factor; mend linears.include and linears.exclude")
+        raise UserError(f"linears: no Linear of {path} is left to factor; change linears.include and linears.exclude")
     kinds = {
         type(module).__name__
         for block in blocks_of(model).values()
@@ -41,8 +43,8 @@ def shapes_of(
 
 
 def check_in_order(config: PreTrainedConfig, method: str, path: str) -> None:
-    """Raise UserError where `method`, which goes block by block, cannot walk through the blocks of this parent."""
-    if (why := probed(config).unchained) is not None:
+    """Raise UserError if the blocks of this parent cannot be run one by one, as `method` requires."""
+    if (why := probe_of(config).unchained) is not None:
         raise UserError(
             f"factorizer={method}: goes block by block, which {path} does not allow ({why}); choose svd, whitened, "
             "asvd or fisher"
@@ -50,13 +52,15 @@ def check_in_order(config: PreTrainedConfig, method: str, path: str) -> None:
 
 
 def most_tokens(config: PreTrainedConfig) -> int | None:
-    """The number of tokens for which a parent has position embeddings; None where it computes positions."""
-    return probed(config).positions
+    """The number of tokens that a parent has position embeddings for; None if it computes positions."""
+    return probe_of(config).positions
 
 
 def check_lengths(config: PreTrainedConfig, lengths: Mapping[str, int], path: str) -> None:
-    """Raise UserError where one of the keys in `lengths` asks for more tokens at once than the parent `path` has
-    position embeddings for."""
+    """Raise UserError if a sequence is longer than the table of position embeddings of the parent `path`.
+
+    `lengths` is {config key: tokens of a sequence}.
+    """
     most = most_tokens(config)
     if most is not None and (over := {key: tokens for key, tokens in lengths.items() if tokens > most}):
         given = ", ".join(f"{key}={tokens}" for key, tokens in over.items())
@@ -67,16 +71,18 @@ def check_lengths(config: PreTrainedConfig, lengths: Mapping[str, int], path: st
 
 
 def notes(config: PreTrainedConfig, ratios: Iterable[float]) -> list[str]:
-    """What a user is told at the start of what stays whole: Linears that nothing can stand in for, and matrices that
-    are no Linears."""
+    """Lines for the user on what stays dense: Linears that cannot be replaced, and matrices that are not Linears.
+
+    `ratios` are the compression ratios of the run. For each, the ratio of the whole model is given.
+    """
     with torch.device("meta"):
         model = build_model(config)
-    fixed = probed(config).fixed
+    fixed = probe_of(config).fixed
     linears = dict(eligible_linears(model, fixed=fixed))
     lines = []
     outside = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     if left := [name for name, module in model.named_modules() if name in fixed and id(module) not in outside]:
-        lines.append(f"Linears whose weights the model reads past their forward stay whole: {grouped(left)}")
+        lines.append(f"Linears whose weights the model reads past their forward stay whole: {name_patterns(left)}")
     inside = tuple(f"{name}." for name in linears)
     matrices = {
         name: p.numel()
@@ -101,7 +107,7 @@ def _share(
     becomes = f"; at {' / '.join(asked)}x on them the whole model becomes {' / '.join(whole)}x smaller" if asked else ""
     largest_first = sorted(others, key=others.__getitem__, reverse=True)
     held = f"the Linears that can be factored hold {now / total:.1%} of all parameters{becomes}"
-    return f"{held}. These stay whole: {grouped(largest_first)}"
+    return f"{held}. These stay whole: {name_patterns(largest_first)}"
 
 
 def _has_matrix(module: nn.Module) -> bool:

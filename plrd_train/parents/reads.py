@@ -1,6 +1,6 @@
-"""Which Linears have their weight read by the source code around them.
+"""Find Linears whose weight is read in the source code of the module around them.
 
-A forward on this machine does not take every branch: fused kernels of a GPU and training have branches of their own."""
+One forward does not take every branch: GPU kernels and training have their own."""
 
 import ast
 import functools
@@ -13,11 +13,10 @@ from torch import nn
 
 
 def read_in_source(model: nn.Module, linears: Iterable[str]) -> Iterator[str]:
-    """Those of `linears`, names of modules of `model`, whose weight or bias a method of the module around them reads as
-    `self.NAME.weight`.
+    """Yield the names in `linears` whose weight or bias the parent module reads as `self.NAME.weight`.
 
-    Initialisation does not count, nor does a branch that the module's own settings rule out, as `if self.pretraining_tp
-    > 1` does for Bloom.
+    Methods that initialise do not count. Nor do branches that the module's settings exclude, such as Bloom's
+    `if self.pretraining_tp > 1`.
     """
     inside: dict[str, set[str]] = {}
     for name in linears:
@@ -38,7 +37,7 @@ def _methods(kind: type) -> tuple[ast.AST, ...]:
         if inspect.isfunction(value) and "init" not in name and "reset" not in name:
             try:
                 found.append(ast.parse(textwrap.dedent(inspect.getsource(value))))
-            except (OSError, SyntaxError):  # not read from a file
+            except (OSError, SyntaxError):  # its source is in no file
                 continue
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""A folder's tokenizer: its files, and whether AutoTokenizer reads them as tokenizer.json says."""
+"""The tokenizer in a folder: its files, and whether AutoTokenizer agrees with tokenizer.json."""
 
 import json
 import shutil
@@ -24,10 +24,10 @@ _OTHER_FILES = (
 )
 TOKENIZER_FILES = (*VOCABULARY_FILES, *_OTHER_FILES)
 TOKENIZER_CODE = "tokenization*.py"
-# The class that takes tokenizer.json as it is.
+# This class reads tokenizer.json unchanged.
 _PLAIN = "PreTrainedTokenizerFast"
-# Texts on which tokenizers that differ at all are seen to differ: spaces of all kinds, digits, scripts, contractions,
-# code, and forms of one letter.
+# Texts that expose differences between two tokenizers: kinds of whitespace, digits, scripts, contractions, code, and
+# Unicode forms of one letter.
 _SAMPLE = (
     "The quick brown fox,  it jumps\tover 1234567 lazy dogs; isn't it? They'LL see: 3.14, 2nd, A1b2.",
     " a space before, and two behind  ",
@@ -39,16 +39,21 @@ _SAMPLE = (
 
 @dataclass(frozen=True)
 class Tokenization:
-    """as_stored: tokenizer.json is read as it is, since AutoTokenizer's class would make other tokens of it. notes:
-    lines for the user."""
+    """How to read a tokenizer.
+
+    as_stored: read tokenizer.json unchanged, since AutoTokenizer's class would give other tokens. notes: lines for the
+    user.
+    """
 
     as_stored: bool = False
     notes: list[str] = field(default_factory=list)
 
 
 def examine(folder: Path, config: PreTrainedConfig) -> Tokenization:
-    """How the tokenizer in `folder` is to be read, for a model of `config`. One that does not load, or encode, is left
-    for its user to tell."""
+    """Decide how to read the tokenizer in `folder` for a model of `config`.
+
+    A tokenizer that does not load or encode gets the defaults; `load_tokenizer` reports its error.
+    """
     try:
         by_class = load(folder, config, as_stored=False)
         stored = load(folder, config, as_stored=True) if (folder / "tokenizer.json").is_file() else by_class
@@ -57,9 +62,9 @@ def examine(folder: Path, config: PreTrainedConfig) -> Tokenization:
         return Tokenization()
     notes = []
     if as_stored:
-        told = f"tokenizer.json makes {_count(stored, _SAMPLE)} tokens of a sample of text, {type(by_class).__name__}"
-        told += f" {_count(by_class, _SAMPLE)}: tokenizer.json counts"
-        notes.append(f"{told}, for members too; where AutoTokenizer does not follow it, load them with {_PLAIN}")
+        counts = f"tokenizer.json makes {_count(stored, _SAMPLE)} tokens of a sample of text, {type(by_class).__name__}"
+        counts += f" {_count(by_class, _SAMPLE)}: tokenizer.json counts"
+        notes.append(f"{counts}, for members too; where AutoTokenizer does not follow it, load them with {_PLAIN}")
     embeddings = config.get_text_config().vocab_size
     if past := past_embeddings(by_class, embeddings):
         shown = ", ".join(past[:3])
@@ -72,8 +77,10 @@ def examine(folder: Path, config: PreTrainedConfig) -> Tokenization:
 def load(
     folder: Path, config: PreTrainedConfig, *, as_stored: bool, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`: as tokenizer.json says where `as_stored`, else as AutoTokenizer reads it for a model
-    of `config`. Raises what transformers and its tokenizers raise."""
+    """Load the tokenizer in `folder`: from tokenizer.json if `as_stored`, otherwise by AutoTokenizer for `config`.
+
+    Raises the exceptions of transformers and its tokenizers.
+    """
     if as_stored:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     return AutoTokenizer.from_pretrained(
@@ -82,8 +89,10 @@ def load(
 
 
 def compare(tokenizer: PreTrainedTokenizerBase, folder: Path, corpus: Corpus) -> None:
-    """Raise UserError where `tokenizer`, which is of `folder`, makes other tokens of the first documents of `corpus`
-    than its tokenizer.json says."""
+    """Raise UserError if `tokenizer` and the tokenizer.json of its `folder` give different tokens.
+
+    The first documents of `corpus` are compared.
+    """
     file = folder / "tokenizer.json"
     if type(tokenizer) is PreTrainedTokenizerFast or not tokenizer.is_fast or not file.is_file():
         return
@@ -101,13 +110,15 @@ def compare(tokenizer: PreTrainedTokenizerBase, folder: Path, corpus: Corpus) ->
 
 
 def past_embeddings(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> list[str]:
-    """The added tokens whose ids lie past the `embeddings` of the model."""
+    """The added tokens without an embedding: their ids are at least `embeddings`, the rows of the model's table."""
     return sorted(token for token, number in tokenizer.get_added_vocab().items() if number >= embeddings)
 
 
 def copy_tokenizer(source: Path, target: Path, *, as_stored: bool) -> None:
-    """Copy the files of a tokenizer into another folder. Where it is read `as_stored`, AutoTokenizer is told to do so
-    there."""
+    """Copy the files of a tokenizer into another folder.
+
+    With `as_stored`, the copy's tokenizer_config.json makes AutoTokenizer read tokenizer.json unchanged.
+    """
     for pattern in (*TOKENIZER_FILES, TOKENIZER_CODE):
         for file in source.glob(pattern):
             shutil.copyfile(file, target / file.name)
@@ -121,7 +132,7 @@ def copy_tokenizer(source: Path, target: Path, *, as_stored: bool) -> None:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """Special tokens are left out: each tokenizer's own rule says whether a text gets them."""
+    """The token ids of each text, without special tokens: whether a text gets those differs between tokenizers."""
     return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
 
 

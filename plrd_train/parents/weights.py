@@ -1,4 +1,4 @@
-"""Reading a parent's weights a few rows at a time, so that no rank needs to hold more than its own share."""
+"""Read a parent's weights a few rows at a time, so that a rank holds no more than its own share."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,18 +15,19 @@ from plrd_train.parents.models import published_model
 from plrd_train.parents.names import match
 from plrd_train.parents.parent import Parent, load_config
 
-# Any other dtype, float8 included, needs scales or tables that lie elsewhere.
+# Every other dtype (float8, integers) needs scales or tables from other tensors.
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightReader:
-    """Tensors of a parent by the names that its model gives them, in the dtype that they are stored in.
+    """Reads a parent's tensors by their names in the model, in their stored dtype.
 
-    Files may say `embed_out.weight` for GPT-NeoX's `lm_head.weight`, leave out the prefix `model.`, or hold a tied
-    weight under one name only; names are matched as transformers does it, and a tied weight is found under each of its
-    names. The low-rank Linears of a member are read as pairs of factors, up.weight and down.weight, whatever their
-    form. Opening one raises UserError where what is stored is not of the shapes that the config leads to, or no
-    floating-point numbers; only headers are read.
+    Names are matched as transformers matches them: files may hold GPT-NeoX's `lm_head.weight` as `embed_out.weight`, or
+    omit the prefix `model.`. A tied weight is stored under one name and found under each. The low-rank Linears of a
+    member are read as pairs of factors, up.weight and down.weight, whatever their form.
+
+    The constructor reads headers only. It raises UserError if a stored shape is not that of the config, or if a
+    parameter is not stored as floating-point numbers.
     """
 
     def __init__(self, parent: Parent):
@@ -46,7 +47,7 @@ class WeightReader:
         self._check({name: tensor.shape for name, tensor in model.state_dict().items()})
 
     def names(self) -> list[str]:
-        """The names of what is stored."""
+        """The names in the model of the stored tensors."""
         return list(self._stored)
 
     def shape(self, name: str) -> torch.Size:
@@ -56,14 +57,14 @@ class WeightReader:
         return torch.Size(self._handle(file).get_slice(stored).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor by the name that it is stored by."""
+        """The stored dtype of the tensor `name`, which must be one of `names()`."""
         file, stored = self._find(name)
         return _dtype(self._handle(file), stored)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor `name`, or only `rows` of its first dimension: nothing else is read from the file.
+        """Read the tensor `name`, or only `rows` of its first dimension.
 
-        Raises UserError where the parent has no such tensor or what was read is not finite.
+        Raises UserError if the parent has no such tensor, or if a value is NaN or infinite.
         """
         if pair := self._part_of_pair(name):
             linear, part = pair
@@ -77,13 +78,14 @@ class WeightReader:
         return tensor
 
     def _check(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raise UserError where a stored tensor is not of the shape that config.json leads to, or holds no
-        floating-point numbers for a parameter."""
+        """Raise UserError if a stored shape is not that in `shapes`, or if a parameter is not floating-point."""
         for name in self._stored:
             file, stored = self._find(name)
             if self.shape(name) != shapes[name]:
-                told = f"{stored} has shape {tuple(self.shape(name))}, but config.json asks for {tuple(shapes[name])}"
-                raise UserError(f"{file}: {told}; they are not of one model, fetch both again")
+                mismatch = (
+                    f"{stored} has shape {tuple(self.shape(name))}, but config.json asks for {tuple(shapes[name])}"
+                )
+                raise UserError(f"{file}: {mismatch}; they are not of one model, fetch both again")
             if name in self._parameters and self.dtype(name) not in _DTYPES:
                 raise UserError(
                     f"{file}: {stored} is stored as {str(self.dtype(name)).removeprefix('torch.')}; give the "
@@ -91,24 +93,26 @@ class WeightReader:
                 )
 
     def _part_of_pair(self, name: str) -> tuple[str, str] | None:
-        """(Linear, part) of a name that stands for a part of a pair, and is stored in another form."""
+        """(Linear, factor) if `name` is a factor of a Linear that is stored in another form; otherwise None."""
         return None if name in self._stored else forms.split(name, self._low_rank)
 
     def _find(self, name: str) -> tuple[Path, str]:
-        """(file, name in it)."""
+        """(file, name in that file) of a tensor of the model. Raises UserError if it is not stored."""
         if name in self._converted:
             mend = "load it with transformers and save it with save_pretrained(FOLDER, save_original_format=False)"
             raise UserError(
                 f"parent {self._parent.path}: {self._converted[name]} is stored in a form that must be converted; "
-                f"once, {mend}"
+                f"{mend}"
             )
         if name not in self._stored:
-            raise UserError(f"parent {self._parent.path}: its weights hold no {name}, which its config.json asks for")
+            raise UserError(
+                f"parent {self._parent.path}: its weights lack {name}, which config.json requires; fetch it again"
+            )
         stored = self._stored[name]
         return Path(self._parent.folder) / self._parent.weights[stored], stored
 
     def _handle(self, file: Path) -> safe_open:
-        """Files stay open, and mapped, as long as the reader."""
+        """Open a file once; it stays memory-mapped until the reader is dropped."""
         if file not in self._open:
             if not file.is_file():
                 raise UserError(
@@ -120,7 +124,7 @@ class WeightReader:
 
 
 def parent_dtype(parent: Parent) -> torch.dtype:
-    """The dtype that most of a parent's numbers are stored in."""
+    """The dtype of most of a parent's elements."""
     counts = Counter[torch.dtype]()
     for file in set(parent.weights.values()):
         with safe_open(Path(parent.folder) / file, framework="pt") as handle:

@@ -1,5 +1,4 @@
-"""What the passes over calibration text take from which a stage is factored, traced on the meta device
-(`plrd_train.plan.trace`)."""
+"""Memory of the passes over calibration text before a stage is factored, traced on the meta device."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -21,8 +20,11 @@ from plrd_train.plan.trace import Event, computing_in, trace_evaluation
 
 @dataclass(frozen=True)
 class Window:
-    """A pass for the statistics of the Linears `names`: its events, the bytes of the `sums` that grow meanwhile, and of
-    the statistics that each rank `owns` afterwards. The windows of a model are all about alike: this is the first."""
+    """A pass that collects the statistics of the Linears `names`.
+
+    events: the trace. sums: bytes of the running sums. owns: for each rank, bytes of the statistics that it owns
+    afterwards. The windows of a model are similar in size; this is the first.
+    """
 
     names: tuple[str, ...]
     events: Sequence[Event]
@@ -32,8 +34,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Walk:
-    """Bytes of a walk through the blocks in float32 on one rank: the hidden `states` of its text, the activations of a
-    block that `runs` on a batch, and what a block `keeps` of a batch where it is to be differentiated."""
+    """Bytes of a walk through the blocks in float32 on one rank.
+
+    states: the hidden states of its text. runs: the activations of one block and batch in a forward. keeps: the
+    activations of one block and batch that are kept for a backward.
+    """
 
     states: int
     runs: int
@@ -42,8 +47,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Text:
-    """The passes that factoring a model begins with: for statistics, for losses, and block by block. None: there is no
-    such pass."""
+    """The passes over text before factoring: for statistics, for losses, and block by block. None: no such pass."""
 
     window: Window | None = None
     measuring: Sequence[Event] | None = None
@@ -53,8 +57,10 @@ class Text:
 def passes(
     config: Config, model: PreTrainedModel, shapes: Mapping[str, Shape], todo: Collection[str], world_size: int
 ) -> Text:
-    """Those before the Linears `todo` of `model` are factored, `shapes` being all that may be. `model` is in
-    evaluation, and computes as in the engine."""
+    """The passes before the Linears `todo` of `model` are factored.
+
+    `shapes` holds all Linears that can be factored. `model` is in evaluation mode and has the engine's compute dtype.
+    """
     needs, found = config.compressor().needs(), Text()
     if not todo:
         return found
@@ -82,7 +88,7 @@ def _window(
 
     events = trace_evaluation(model, look)
     ((part, statistics),) = first
-    # Before it two tokens told the inputs apart.
+    # The pass begins at the last forward. An earlier one, of two tokens, finds the Linears that share an input.
     begin = max(i for i, event in enumerate(events) if (event.kind, event.name) == ("forward", ""))
     sums = _size(statistics, part)
     passing = [
@@ -118,13 +124,13 @@ def _walk(config: Config, model: PreTrainedModel, world_size: int) -> Walk:
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """As plrd_train.compress.losses computes it."""
+    """The loss of plrd_train.compress.losses."""
     logits = model(input_ids=ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
 def _batches(config: Config, tokens: int | None, world_size: int) -> Sequence[Tensor]:
-    """The first rank's part of `tokens` tokens of text."""
+    """The first rank's share of `tokens` tokens of text, in micro-batches (n, seq_len) on the meta device."""
     sequences = -(-((tokens or 0) // config.data.seq_len) // world_size)
     return torch.zeros(sequences, config.data.seq_len, dtype=torch.long, device="meta").split(
         config.recover.micro_batch
@@ -132,13 +138,13 @@ def _batches(config: Config, tokens: int | None, world_size: int) -> Sequence[Te
 
 
 def _size(statistics: Mapping[str, Tensor], names: Collection[str]) -> int:
-    """Linears that are given the same input share a statistic."""
+    """Bytes of the statistics of `names`. Linears with the same input share a statistic, which counts once."""
     return sum({id(statistics[name]): statistics[name].nbytes for name in names}.values())
 
 
 @dataclass(frozen=True)
 class _OnMeta:
-    """An engine of one rank, as far as `collect` needs one."""
+    """The members of an engine that `collect` uses, for one rank on the meta device."""
 
     model: nn.Module
     rank: int = 0

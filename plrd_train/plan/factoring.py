@@ -1,4 +1,4 @@
-"""Memory of factoring, the first step of a stage, on the rank that it takes most of."""
+"""Memory of factoring, the first step of a stage, on the rank that needs the most."""
 
 import math
 from collections import Counter
@@ -14,7 +14,8 @@ from plrd_train.plan.calibration import Text, Walk
 from plrd_train.plan.replay import peak
 from plrd_train.structure import Parts, Structure, add
 
-Held = tuple[str, str, Parts, Parts]  # a phase, when, and what is held on the device and on the host
+# A phase, the moment of its peak, and the bytes on the device and on the host.
+Held = tuple[str, str, Parts, Parts]
 
 
 def factoring(
@@ -26,8 +27,10 @@ def factoring(
     text: Text,
     world_size: int,
 ) -> Iterator[Held]:
-    """What is held beside the model `before` while its Linears go from `shapes` to `ranks`, in the order of
-    `plrd_train.compress.compressor`."""
+    """Yield the memory in addition to the model `before` while its Linears are factored from `shapes` to `ranks`.
+
+    The phases are in the order of `plrd_train.compress.compressor`.
+    """
     method, todo, needs = config.factorizer.settings, changes(shapes, ranks), config.compressor().needs()
     if not todo:
         return
@@ -48,7 +51,7 @@ def factoring(
 
 
 def factors(memory: Any, shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> float:
-    """Bytes of the first rank's shards of the factors that have these ranks."""
+    """Bytes of the first rank's shards of the factors with these ranks."""
     pairs = ((shapes[name], rank) for name, rank in ranks.items())
     return sum(
         4.0 * memory.shard(factor)
@@ -68,8 +71,10 @@ def _parted(
     world_size: int,
     waiting: Parts,
 ) -> Iterator[Held]:
-    """The Linears `names` decomposed window by window, of which the last is the highest, and cut at `ranks`; on the
-    host what is `waiting`."""
+    """The Linears `names` are decomposed window by window and truncated to `ranks`.
+
+    The last window has the highest peak. `waiting` is held on the host meanwhile.
+    """
     window = text.window
     part = window.names if window else tuple(names)
     done = factors(memory, shapes, ranks)
@@ -92,9 +97,11 @@ def in_rounds(
     world_size: int,
     statistics: Sequence[float],
 ) -> float:
-    """A rank holds the weight that it decomposes, what that takes, the next weight, which is received meanwhile and
-    then put together, the factors that are done, and its `statistics`. Of these a method counts the one that it works
-    on."""
+    """Peak bytes of the rounds of decomposition.
+
+    A rank holds the weight that it decomposes, the working memory of that, the next weight, which arrives meanwhile,
+    the finished factors, and its `statistics`. The method's `peak_bytes` already includes the statistic in use.
+    """
     added = [
         factors(memory, shapes, {name: ranks[name] for name in part if name in ranks})
         for part in rounds(shapes, names, world_size)
@@ -110,7 +117,7 @@ def in_rounds(
 
 
 def _owned(shapes: Mapping[str, Shape], names: Collection[str], world_size: int) -> list[list[Shape]]:
-    """The Linears that each rank owns, round by round; of ranks that own one."""
+    """For each rank that owns a Linear, the shapes of its Linears, round by round."""
     dealt = list(rounds(shapes, names, world_size))
     return [[shapes[part[owner]] for part in dealt if owner < len(part)] for owner in range(len(dealt[0]))]
 
@@ -118,8 +125,12 @@ def _owned(shapes: Mapping[str, Shape], names: Collection[str], world_size: int)
 def _in_order(
     memory: Any, method: Any, before: Structure, shapes: Mapping[str, Shape], ranks: Mapping[str, int], walk: Walk
 ) -> float:
-    """A rank holds a whole block, its text as hidden states, and what one Linear takes. First come the embeddings: as
-    received, and whole. Some methods hold the block as it was, too."""
+    """Peak bytes of factoring block by block.
+
+    A rank holds a whole block, the hidden states of its text, and the working memory of one Linear. Before that, it
+    holds the embeddings twice: as received, and assembled. Some methods also keep the original
+    block.
+    """
     sizes = Counter[str]()
     for parameter in before.parameters:
         sizes[parameter.block] += 4 * parameter.numel
@@ -134,14 +145,14 @@ def _in_order(
     ) + max(pairs.values())
     highest = max((2 if method.keeps_original else 1) * (block + walk.states) + one, 2 * outside + walk.states)
     if method.trains_blocks:
-        # A copy of the factors to go back to, their gradients and two moments; the states before and behind the block.
+        # A copy of the factors to restore, gradients and two moments; the hidden states before and after the block.
         highest = max(highest, block + 5 * sum(pairs.values()) / blocks + 3 * walk.states + walk.keeps)
     done = factors(memory, shapes, ranks)
     return max(done * (1 - 1 / blocks) + highest, done)
 
 
 def _decomposed(method: Any, shape: Shape) -> float:
-    """A decomposed weight: itself, the metric, which is as large as the statistic, and the vectors."""
+    """Bytes of a decomposed weight: the weight, the metric (the size of the statistic), and the singular vectors."""
     return (
         _weight(shape)
         + _statistic(method, shape)

@@ -1,4 +1,4 @@
-"""What would make a run fit that does not. Each proposal is planned like the run itself, and made only if it fits."""
+"""Changes that make a run fit in memory. Each is planned like the run, and proposed only if it fits."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,20 +13,22 @@ from plrd_train.engine import ENGINES
 from plrd_train.plan.report import Plan
 
 Change = Callable[[Config], Config]
-MORE_RANKS = (2, 4, 8, 16, 32, 64)  # times those that there are
+MORE_RANKS = (2, 4, 8, 16, 32, 64)  # multiples of the current number of ranks
 
 
 @dataclass(frozen=True)
 class Mend:
-    """A `change` that makes the run fit, as one gives it, and the bytes of one device that are `needed` then."""
+    """A `change` that makes the run fit, as command-line overrides, and the bytes then `needed` on one device."""
 
     change: str
     needed: float
 
 
 def mends(plan: Plan) -> list[Mend]:
-    """The first change of the config that helps a `plan` which does not fit, and the smallest number of ranks that
-    does; neither changes the results but by rounding. Empty where nothing helps."""
+    """The first change of the config that makes `plan` fit, and the smallest number of ranks that does.
+
+    Neither changes the results of the run, except by rounding. The list is empty if nothing helps.
+    """
     machine = plan.machine
     wider = [replace(machine, world_size=machine.world_size * by, nodes=machine.nodes * by) for by in MORE_RANKS]
     changed = ((change, plan.changed(config, machine)) for change, config in _lighter(plan.config))
@@ -42,8 +44,11 @@ def mends(plan: Plan) -> list[Mend]:
 
 
 def _lighter(config: Config) -> Iterator[tuple[str, Config]]:
-    """Configs that take less memory, by what they cost: nothing but speed, communication, a third more arithmetic, one
-    by one and together; and then what is on the host: the optimizer's step takes place there."""
+    """Yield (change, config) with less memory, the cheapest change first.
+
+    First come smaller batches, more sharding (more communication) and activation checkpointing (a third more
+    arithmetic), alone and together; then offloading to the host, where the optimizer's step then runs.
+    """
     settings, basic = config.engine.settings, dict[str, Change]()
     if config.recover.micro_batch > 1:
         basic["recover.micro_batch=1"] = lambda config: _with(config, "recover", micro_batch=1)
@@ -66,8 +71,10 @@ def _lighter(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _on_host(given: list[str], config: Config) -> Iterator[tuple[str, Config]]:
-    """`config`, which has these changes, with the optimizer on the host, and then with the parameters there, too: by
-    ZeRO-3."""
+    """Yield `config` with the optimizer on the host, then with the parameters there too, by ZeRO-3.
+
+    `given` holds the changes that `config` already has.
+    """
     if config.engine.name != "zero3":
         given = [change for change in given if change != "engine.replicas=1"] + ["engine=zero3"]
         config = replace(config, engine=_zero3(config.engine.settings))
@@ -87,7 +94,7 @@ def _with_engine(config: Config, **settings: Any) -> Config:
 
 
 def _zero3(settings: Any) -> Chosen:
-    """ZeRO-3 by its defaults, which computes as these `settings` of another engine say."""
+    """ZeRO-3 with its default settings, and with the dtype and checkpointing of another engine's `settings`."""
     values = yaml.safe_load((CONF / "engine" / "zero3.yaml").read_text())
     name = values.pop("name")
     values |= {"dtype": settings.dtype, "activation_checkpointing": settings.activation_checkpointing}

@@ -1,4 +1,4 @@
-"""The models of a run on the meta device: the parent and, for each stage, what it is factored to."""
+"""The models of a run on the meta device: the parent and the member of each stage."""
 
 import dataclasses
 import warnings
@@ -27,10 +27,12 @@ from plrd_train.structure import Structure
 
 @dataclass(frozen=True)
 class Planned:
-    """A model of the run. `name` is its member's, or "parent"; `shapes` are its eligible Linears as they are before it
-    is made, `ranks` those that they get. `training` and `evaluation` are traces of one micro-batch; a parent that is
-    not trained has no training. `text` are the passes over calibration text of the model before it that its
-    factorization begins with."""
+    """A model of the run.
+
+    name: of the member, or "parent". shapes: its eligible Linears before factoring. ranks: their ranks afterwards.
+    training, evaluation: traces of one micro-batch; training is empty for a parent that is not trained. text: the
+    passes of the model before it over calibration text, for its factorization.
+    """
 
     name: str
     ratio_requested: float
@@ -46,15 +48,17 @@ class Planned:
 
     @property
     def params(self) -> int:
-        """Parameters as the form stores them; the `structure` holds pairs."""
+        """Parameters as the form stores them; `structure` counts pairs of factors."""
         pairs = ((shape, self.ranks.get(name)) for name, shape in self.shapes.items())
         return self.structure.numel - sum(shape.pair_params(rank) - shape.params(rank) for shape, rank in pairs)
 
 
 def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterator[Planned]:
-    """The parent and the members that the run will make of it, in order. The ranks are those of `ranks=uniform`, which
-    are known before any weight is: other allocations share out the same sum. Raises UserError where the config asks for
-    what cannot be done with this parent."""
+    """Yield the parent and the members of the run, in order.
+
+    The ranks are those of `ranks=uniform`, which need no weights; other allocations have the same sum of parameters.
+    Raises UserError if the config cannot be applied to this parent.
+    """
     linears, scratch, path = config.linears, config.parent.scratch, config.parent.path
     ranks = model_ranks(parent)
     model = _on_meta(config, parent, None)
@@ -101,7 +105,7 @@ def planned(config: Config, parent: PreTrainedConfig, world_size: int) -> Iterat
 
 
 def traced_as(config: Config, world_size: int) -> tuple[Any, ...]:
-    """What the traces of the same models differ by."""
+    """The settings that determine the traces of a model: plans that agree in them share traces."""
     settings, batches = config.engine.settings, (micro_batch(config, world_size), config.evaluation.batch)
     return (
         settings.dtype,
@@ -112,7 +116,7 @@ def traced_as(config: Config, world_size: int) -> tuple[Any, ...]:
 
 
 def micro_batch(config: Config, world_size: int) -> int:
-    """Sequences that a rank takes through the model at once."""
+    """Sequences in one micro-batch of a rank."""
     return min(config.recover.micro_batch, -(-sequences(config) // world_size))
 
 
@@ -130,7 +134,7 @@ def _linear_params(shapes: dict[str, Shape], ranks: dict[str, int]) -> int:
 
 
 def _on_meta(config: Config, parent: PreTrainedConfig, ranks: dict[str, int] | None) -> PreTrainedModel:
-    # Every fused attention is traced as one, whether its kernels are installed here or not.
+    # All fused attentions are traced alike, so their kernels need not be installed.
     attention = "eager" if config.parent.attention == "eager" else None
     with torch.device("meta"):
         return build_model(parent, ranks, attention)
@@ -138,7 +142,7 @@ def _on_meta(config: Config, parent: PreTrainedConfig, ranks: dict[str, int] | N
 
 @contextmanager
 def _tracing(config: Config, model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` is in evaluation and computes in the dtype of the engine's products."""
+    """Put `model` in evaluation mode and in the engine's compute dtype. Errors of the trace become UserError."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.engine.settings.dtype]
     model.eval()
     try:
@@ -153,7 +157,7 @@ def _tracing(config: Config, model: PreTrainedModel) -> Iterator[None]:
 
 
 def _traced(config: Config, planned: Planned, model: PreTrainedModel, world_size: int, *, train: bool) -> Planned:
-    """`planned` with its traces: the forward and backward of the config's objective, and that of an evaluation."""
+    """`planned` with its traces: a training step with the config's objective, and an evaluation."""
     training: Sequence[Event] = ()
     with _tracing(config, model):
         ids = torch.zeros(config.evaluation.batch, config.evaluation.context, dtype=torch.long, device="meta")
@@ -168,6 +172,6 @@ def _traced(config: Config, planned: Planned, model: PreTrainedModel, world_size
 
 
 def _negative_log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
-    """As plrd_train.evaluate.perplexity computes it."""
+    """The loss of plrd_train.evaluate.perplexity, per token."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

@@ -19,19 +19,19 @@ from plrd_train.plan.models import Planned, micro_batch, sequences
 from plrd_train.plan.replay import peak
 from plrd_train.structure import Parts, add, total
 
-PUBLISHED_SHARD = 5 * 2**30  # bytes of a member that are put together in host memory before they are written
-# A rank's file of a checkpoint is put together in host memory, and copied once, before it is written (safetensors'
+PUBLISHED_SHARD = 5 * 2**30  # bytes of a member that are assembled in host memory before a write
+# A rank's checkpoint file is assembled in host memory, and copied once, before it is written (safetensors'
 # `save`, as DCP's writer calls it).
 FILE_COPIES = 2
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes by part in the memory of the device and of the host, at the highest moment of a phase of the stage `stage`
-    (a member's name, "parent").
+    """Bytes by part, on the device and on the host, at the peak of a phase.
 
-    Device parts: parameters (with float32 masters), gradients, optimizer, gathered (parameters that are whole for a
-    while), activations, factorization. Host parts: what engines offload, and snapshots.
+    stage: a member's name, or "parent". when: the moment of the peak. Device parts: parameters (with float32 masters),
+    gradients, optimizer, gathered (unsharded parameters), activations, factorization. Host parts: offloaded states,
+    snapshots and checkpoints.
     """
 
     stage: str
@@ -53,8 +53,10 @@ def memory_of(name: str, settings: Any, optimizer: Optimizer, world_size: int, d
 
 
 def phases(config: Config, models: Sequence[Planned], world_size: int, device: str, published: int) -> Iterator[Phase]:
-    """Each phase of the run over `models`, the parent first, in order. `device` is "cpu" or "cuda"; `published` the
-    bytes of a member's parameter."""
+    """Yield the phases of the run over `models` (the parent first), in order.
+
+    `device` is "cpu" or "cuda"; `published` is the bytes per parameter of a published member.
+    """
     memory = memory_of(config.engine.name, config.engine.settings, config.optimizer.settings, world_size, device)
     parent = models[0]
     if parent.training:
@@ -101,7 +103,7 @@ def _training(config: Config, memory: Any, model: Planned, world_size: int) -> I
 
 
 def _packing(config: Config, memory: Any, model: Planned, world_size: int, *, trained: bool) -> Iterator[Phase]:
-    """The pairs are packed by their owners before an evaluation, where the form stores them otherwise."""
+    """Owners convert the pairs to the form before an evaluation, if the form does not store pairs."""
     form = config.form.name
     if not (forms.get(form).PACKS and model.ranks):
         return
@@ -122,8 +124,8 @@ def _evaluation(config: Config, memory: Any, model: Planned, published: int, *, 
     parts, when = peak(model.evaluation, memory.holder(model.structure, model.evaluation))
     copy = 4 * _kept(memory, model)
     changed = published < 4 or (forms.get(config.form.name).PACKS and bool(model.ranks))
-    host = {"snapshot": copy if changed else 0.0}  # of the exact values, while they are rounded or packed
-    if trained:  # and what the end of the stage saves: the trunk, and the member where that is another
+    host = {"snapshot": copy if changed else 0.0}  # the exact values, kept while the model holds rounded or packed ones
+    if trained:  # the end of the stage saves the trunk, and the member if it differs
         saved = 2 if config.branches() else 1
         host = add(host, {"snapshot": saved * copy, "checkpoint": FILE_COPIES * saved * copy})
     return Phase(
@@ -136,8 +138,7 @@ def _evaluation(config: Config, memory: Any, model: Planned, published: int, *, 
 
 
 def _publication(config: Config, memory: Any, model: Planned, published: int, device: str) -> Phase:
-    """Each parameter is put together on the first rank, as received and whole, and then goes to the host, into the file
-    that is being made."""
+    """The first rank gathers each parameter (as received, and assembled) and copies it to the host, into the file."""
     structure = model.structure
     largest = 4 * max(parameter.numel for parameter in structure.parameters)
     member = min(PUBLISHED_SHARD, published * model.params) + (largest if device == "cuda" else 0)

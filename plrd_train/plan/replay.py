@@ -1,4 +1,4 @@
-"""The peak of a step: what a model's own run holds (its trace) with what an engine holds beside it at each moment."""
+"""The peak memory of a step: the activations of a trace plus the memory of an engine, at each event."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,20 +9,19 @@ from plrd_train.structure import Parts, add, total
 
 
 class Holder(Protocol):
-    """An engine during a forward and backward: what it holds changes with the events of a trace."""
+    """The memory of an engine during a forward and backward; it changes with the events of a trace."""
 
     def held(self) -> Parts:
-        """The bytes that it holds now."""
+        """Bytes held now, by part."""
         ...
 
     def on(self, event: Event) -> Iterable[Parts]:
-        """Take part in `event`: gather, free, reduce. Yields what it holds in between, where that is more than before
-        and after."""
+        """Apply `event`: gather, free or reduce. Yields intermediate peaks, which exceed the bytes before and after."""
         ...
 
 
 def peak(events: Sequence[Event], holder: Holder) -> tuple[Parts, str]:
-    """What is held at the highest moment, the parts of `holder` and "activations", and when that is."""
+    """(bytes by part, moment) of the peak. The parts are those of `holder` and "activations"."""
     best: tuple[Parts, str] = {}, ""
     before: Event | None = None
     for event in events:
@@ -36,7 +35,7 @@ def peak(events: Sequence[Event], holder: Holder) -> tuple[Parts, str]:
 
 
 def _when(before: Event | None, event: Event) -> str:
-    """In words, between these two: down to the block, where the module lies in one."""
+    """The moment between two events, in words; it names the block of the module, if any."""
     if before is None or (before.kind == "forwarded" and before.name == ""):
         return "in the loss" if before else "at the beginning"
     module = event.name.rpartition(".")[0] if event.kind == "gradient" else event.name

@@ -1,4 +1,4 @@
-"""A plan as one object: what is printed, for people or as JSON."""
+"""A plan as one object, and its texts: for people, and as JSON."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from plrd_train.structure import add, total
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known of a run before it begins."""
+    """The models, memory, time and disk of a run, computed before it begins."""
 
     config: Config
     parent: PreTrainedConfig
@@ -31,8 +31,11 @@ class Plan:
     def of(
         cls, config: Config, parent: PreTrainedConfig, machine: Machine, models: Sequence[Planned] | None = None
     ) -> "Plan":
-        """`models` are those of a plan that traces them alike. Raises UserError where the config cannot be run with
-        this parent on this machine."""
+        """Plan `config` for `parent` on `machine`.
+
+        `models` may be reused from a plan with equal `traced_as`. Raises UserError if the config cannot be run with
+        this parent on this machine.
+        """
         models, published = models or list(planned(config, parent, machine.world_size)), _dtype(parent).itemsize
         every = list(phases(config, models, machine.world_size, machine.kind, published))
         return cls(config, parent, machine, models, every, cost.checkpoints(config, parent, models, machine, published))
@@ -44,11 +47,11 @@ class Plan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the parent, in which members are published."""
+        """The dtype of the parent, in which members are published."""
         return _dtype(self.parent)
 
     def highest(self, stage: str | None = None) -> Phase:
-        """The phase, of the whole run or of one stage, that takes most of a device."""
+        """The phase of the run, or of one stage, with the most device memory."""
         return max(
             (phase for phase in self.phases if stage in (None, phase.stage)),
             key=lambda phase: device_bytes(phase, self.machine.kind),
@@ -60,7 +63,7 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """Bytes of one device."""
+        """Bytes of memory needed on one device."""
         return self.machine.needed(device_bytes(self.peak, self.machine.kind))
 
     @property
@@ -138,7 +141,7 @@ class Plan:
 
 
 def rank_ranges(model: Planned) -> dict[str, list[int]]:
-    """{the last part of a Linear's name: [lowest, highest rank]}; those that stay dense are absent."""
+    """{last part of a Linear's name: [lowest, highest rank]}, without the dense Linears."""
     ranges: dict[str, list[int]] = {}
     for name, rank in model.ranks.items():
         kind = name.rpartition(".")[2]
@@ -148,12 +151,12 @@ def rank_ranges(model: Planned) -> dict[str, list[int]]:
 
 
 def amount(size: float) -> str:
-    """Bytes as people read them."""
+    """Bytes as text, in GB or MB."""
     return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
 
 
 def why(plan: Plan) -> str:
-    """Whether it fits, and in a sentence what takes the most memory."""
+    """A sentence: whether the run fits, and which phase needs the most memory."""
     peak, machine = plan.peak, plan.machine
     held = peak.device if machine.kind == "cuda" else add(peak.device, peak.host)
     parts = ", ".join(
@@ -182,7 +185,7 @@ def why(plan: Plan) -> str:
 
 
 def assumptions(plan: Plan) -> dict[str, str]:
-    """What the figures rest on that nothing here has measured, each with its value."""
+    """{figure: assumption with its value} of everything that is assumed and not measured."""
     machine, config = plan.machine, plan.config
     said = {}
     if machine.peak is not None:
@@ -233,7 +236,7 @@ def _dtype(parent: PreTrainedConfig) -> torch.dtype:
 
 
 def kinds(ranks: dict[str, list[int]]) -> str:
-    """Ranks by kind of Linear, kinds of equal ranks together: "q/o 910, k/v 364"."""
+    """Ranks by kind of Linear, as text. Kinds of equal rank share an entry: "q/o 910, k/v 364"."""
     together: dict[str, list[str]] = {}
     for kind, (low, high) in ranks.items():
         said = str(low) if low == high else f"{low}-{high}"

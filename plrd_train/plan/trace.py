@@ -1,10 +1,9 @@
-"""What a model's forward and backward hold in memory, found by running them on the meta device: shapes alone, no values
-and no memory.
+"""Trace the memory of a model's forward and backward on the meta device, which has shapes but no values.
 
-Every operation is seen as PyTorch dispatches it, so that what autograd keeps, what activation checkpointing drops and
-computes again, and the copies of the logits that a loss makes are counted as they are. One thing is replaced:
-attention, whose fused kernels do not run on meta, is taken to keep query, key, value, output and one float32 a head and
-position (FlashAttention, arXiv 2307.08691), and nothing of the size of the square.
+Every operation is counted when PyTorch dispatches it. The count therefore includes tensors kept by autograd,
+recomputation by activation checkpointing, and the loss's copies of the logits. Only fused attention is replaced, since
+its kernels do not run on meta. It is assumed to keep query, key, value, output and one float32 per head and position
+(FlashAttention, arXiv 2307.08691), and no tensor of quadratic size.
 """
 
 import weakref
@@ -25,12 +24,10 @@ Kind = Literal["forward", "forwarded", "backward", "backwarded", "gradient", "en
 
 @dataclass(frozen=True)
 class Event:
-    """A point in time that matters to an engine: a module begins or ends its forward or its backward, or the gradient
-    of a parameter is complete.
+    """An event that engines act on: a module begins or ends its forward or backward, or a gradient is complete.
 
-    name: of the module ("" is the model itself) or parameter. peak: the most bytes of activations that lived at once
-    since the event before; live: those that live now. Neither counts parameters, nor gradients of parameters once they
-    are complete.
+    name: of the module ("" is the model itself) or parameter. peak: the peak bytes of activations since the previous
+    event. live: the bytes of activations now. Neither counts parameters or complete gradients of parameters.
     """
 
     kind: Kind
@@ -40,8 +37,10 @@ class Event:
 
 
 def trace_step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> list[Event]:
-    """The events of the forward of `loss(model)` and of its backward. `model` is on the meta device, and comes back
-    without gradients."""
+    """The events of the forward and backward of `loss(model)`.
+
+    `model` is on the meta device. Its gradients are dropped.
+    """
     with _Recorder(model) as recorder:
         value = loss(model)
         value.backward()
@@ -52,7 +51,7 @@ def trace_step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> list[Ev
 
 @torch.no_grad()
 def trace_evaluation(model: nn.Module, compute: Callable[[nn.Module], object]) -> list[Event]:
-    """The events of `compute(model)`, which keeps nothing for a backward. `model` is on the meta device."""
+    """The events of `compute(model)` without gradients. `model` is on the meta device."""
     with _Recorder(model) as recorder:
         compute(model)
         recorder.note("end", "")
@@ -60,7 +59,7 @@ def trace_evaluation(model: nn.Module, compute: Callable[[nn.Module], object]) -
 
 
 class _Recorder:
-    """Hooks on a model, and a count of the memory of what is computed, while it is entered."""
+    """A context manager that hooks a model and counts the memory of its activations."""
 
     def __init__(self, model: nn.Module):
         self.events: list[Event] = []
@@ -118,13 +117,15 @@ class _Recorder:
         yield module.register_forward_hook(end, with_kwargs=True)
 
     def _accumulated(self, name: str, parameter: Tensor) -> None:
-        parameter.grad = None  # from here on it is the engine's
+        parameter.grad = None  # from here on the engine's memory model counts it
         self.note("gradient", name)
 
 
 class _Mark(torch.autograd.Function):
-    """Passes an input of a module on, and notes the end of the module's backward: its gradient is the last that a
-    module computes."""
+    """The identity on an input of a module. Its backward marks the end of the module's backward.
+
+    The gradient of the input is the last one that a module computes.
+    """
 
     @staticmethod
     def forward(ctx: Any, recorder: _Recorder, name: str, value: Tensor) -> Tensor:
@@ -138,8 +139,10 @@ class _Mark(torch.autograd.Function):
 
 
 class _Memory(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, until they are freed; those of `model` are no result of an
-    operation."""
+    """Counts the bytes of all storages that operations allocate, until they are freed.
+
+    The storages of `model`'s parameters and buffers do not count.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -183,8 +186,7 @@ class _FusedAttention(torch.autograd.Function):
 def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple:
-    """What transformers' `sdpa` does around the kernel: with a mask, keys and values are repeated for each query
-    head."""
+    """The memory of transformers' `sdpa`. With a mask, keys and values are repeated for each query head."""
     if attention_mask is not None and (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]
@@ -196,7 +198,7 @@ AttentionMaskInterface.register(_FUSED, sdpa_mask)
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, the parameters of a `model` on the meta device have `dtype`, as the engines compute with them."""
+    """Give the parameters of `model`, which is on the meta device, the `dtype` that engines compute in."""
     before = {parameter: parameter.data for parameter in model.parameters()}
     for parameter, data in before.items():
         parameter.data = data.to(dtype)

@@ -306,7 +306,7 @@ TOKENIZERS: dict[str, Bad] = {
     **unreadable_json("tokenizer.json", "parent"),
     "no tokenizer": bad(gone("tokenizer.json"), "parent", "no tokenizer"),
     "nor its settings": bad(gone("tokenizer.json", "tokenizer_config.json"), "parent", "no tokenizer"),
-    "tokenizer of another model": bad(larger_tokenizer, "parent", "an id of 79", "vocab_size of 64"),
+    "tokenizer of another model": bad(larger_tokenizer, "parent", "the id 79", "vocab_size of 64"),
     "tokenizer: an id beyond the vocabulary": bad(
         with_key("tokenizer.json", "model", "vocab", "w9", value=900), "parent", "900"
     ),

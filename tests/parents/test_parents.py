@@ -55,7 +55,7 @@ def test_real_parent_tokenizes_as_sentencepiece(assets):
 
 
 def test_path_that_is_nothing(tmp_path):
-    refused(tmp_path / "nowhere", r"nowhere: no such folder, and not the form of a hub id")
+    refused(tmp_path / "nowhere", r"nowhere: no such folder, and not a valid hub id")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"has no config\.json")
 
@@ -94,7 +94,7 @@ def test_config_that_is_not_one_of_a_causal_lm(save_parent, tmp_path):
 def test_tokenizer_is_missing_damaged_or_of_another_model(save_parent):
     folder, _ = save_parent("llama")
     save_tokenizer(folder, size=65)
-    with pytest.raises(UserError, match=r"an id of 64, config\.json a vocab_size of 64"):
+    with pytest.raises(UserError, match=r"has the id 64, but config\.json a vocab_size of 64"):
         load_tokenizer(open_parent(str(folder)))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="its tokenizer does not load") as error:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from plrd_train.compress.blocks import blocks_of
 from plrd_train.compress.surgery import eligible_linears, replace_linears
 from plrd_train.errors import UserError
-from plrd_train.parents.models import build_model, probed
+from plrd_train.parents.models import build_model, probe_of
 from plrd_train.parents.reach import check_in_order, check_lengths, notes, shapes_of
 
 FIXED = {
@@ -41,7 +41,7 @@ def heads(model):
 
 @pytest.mark.parametrize("architecture", FIXED)
 def test_with_all_other_linears_replaced_a_model_still_runs_and_trains(architecture, tokens):
-    model, fixed = model_of(architecture), probed(config_of(architecture)).fixed
+    model, fixed = model_of(architecture), probe_of(config_of(architecture)).fixed
     left = heads(model)
     assert {name for name in fixed if id(model.get_submodule(name)) not in left} == FIXED[architecture]
     chosen = [name for name, _ in eligible_linears(model, fixed=fixed)]
@@ -83,8 +83,8 @@ def test_a_subclass_is_fixed_where_it_computes_otherwise(monkeypatch):
         return model
 
     monkeypatch.setattr("plrd_train.parents.models.build_model", patched)
-    monkeypatch.setattr("plrd_train.parents.models._PROBED", {})
-    assert probed(config_of("llama")).fixed == {"model.layers.0.self_attn.q_proj"}
+    monkeypatch.setattr("plrd_train.parents.models._PROBES", {})
+    assert probe_of(config_of("llama")).fixed == {"model.layers.0.self_attn.q_proj"}
 
 
 def longest(model, limit):
@@ -102,7 +102,7 @@ def longest(model, limit):
 )
 def test_a_table_of_positions_is_found_where_the_model_stops_at_its_end(architecture):
     config, model = config_of(architecture), model_of(architecture).eval()
-    most = probed(config).positions
+    most = probe_of(config).positions
     assert most == (64 if architecture in ("opt", "gptj", "codegen", "gpt_neo", "gpt2") else None)
     assert longest(model, 64)
     assert longest(model, 65) == (most is None)
@@ -132,7 +132,7 @@ def test_blocks_are_the_list_that_hidden_states_go_through(architecture, tokens)
     with torch.no_grad():
         expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
     assert len(hidden) == 2 and all(torch.equal(one, other) for one, other in zip(hidden, expected, strict=False))
-    found = probed(config_of(architecture))
+    found = probe_of(config_of(architecture))
     assert found.unchained is None and list(found.outputs) == list(blocks_of(model))
     check_in_order(config_of(architecture), "rom", "theirs")
 
@@ -165,7 +165,7 @@ def test_a_model_without_linears_is_told_what_holds_its_weights():
         shapes_of(model, config_of("gpt2"), [".*"], [], "theirs", "lowrank")
     with torch.device("meta"):
         model = build_model(config_of("llama"))
-    with pytest.raises(UserError, match=r"mend linears\.include and linears\.exclude$"):
+    with pytest.raises(UserError, match=r"change linears\.include and linears\.exclude$"):
         shapes_of(model, config_of("llama"), ["none"], [], "theirs", "lowrank")
 
 
@@ -190,6 +190,6 @@ def test_the_share_that_can_be_reached_is_told_where_experts_hold_the_rest():
 
 def test_nothing_of_the_model_is_left_changed():
     before = build_model(config_of("llama"))
-    probed(config_of("llama"))
+    probe_of(config_of("llama"))
     assert type(build_model(config_of("llama")).model.layers[0].self_attn.q_proj) is nn.Linear
     assert type(before.model.layers[0].self_attn.q_proj) is nn.Linear

@@ -183,6 +183,6 @@ def test_a_vocabulary_that_is_too_large_is_of_another_model(save_parent):
     model.resize_token_embeddings(40)
     model.save_pretrained(folder)
     with pytest.raises(
-        UserError, match=r"its tokenizer knows an id of 63, config\.json a vocab_size of 40: not of one model"
+        UserError, match=r"its tokenizer has the id 63, but config\.json a vocab_size of 40; they are not of one model"
     ):
         load_tokenizer(open_parent(str(folder)))

@@ -67,7 +67,7 @@ def test_fused_experts_are_refused_with_the_mend(tmp_path):
 
 def test_missing_tensor_is_one_line(save_parent):
     reader = WeightReader(open_parent(str(save_parent("llama")[0])))
-    with pytest.raises(UserError, match=r"llama: its weights hold no model\.layers\.9") as error:
+    with pytest.raises(UserError, match=r"llama: its weights lack model\.layers\.9") as error:
         reader.read("model.layers.9.mlp.up_proj.weight")
     assert "\n" not in str(error.value)
 
