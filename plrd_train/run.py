@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from plrd_train.compress import forms
 from plrd_train.compress.compressor import AllocationError, Source
@@ -278,10 +278,17 @@ class Run:
             tokens=stage.tokens,
             peak=peak,
             fields={"stage/index": stage.index, "stage/ratio": stage.ratio},
+            teacher=self._teacher,
             done=under_way.steps,
             trunk=trunk,
         )
         return recovered, time.perf_counter() - start
+
+    def _teacher(self) -> nn.Module:
+        """The parent on an engine of its own, frozen. A collective."""
+        engine = open_engine(self.config.engine.name, self.config.engine.settings, self.world)
+        engine.load(self.architecture(None), WeightReader(self.parent))
+        return engine.model.requires_grad_(False).eval()
 
     def stop_if_asked(self, where: str) -> None:
         """Raise Stopped, on all ranks, if one of them was asked to stop. A collective."""

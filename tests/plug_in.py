@@ -30,17 +30,56 @@ class Factorizer(Svd):
     def dense(self, weight, statistic=None):
         return super().dense(weight * self.scale)
 """,
+    "conf/schedule/falling.yaml": "name: falling\nfactor: 0.5\n",
+    "recover/schedules/falling.py": """
+from dataclasses import dataclass
+
+from plrd_train.recover.schedules import Rates
+
+
+@dataclass(frozen=True)
+class Schedule:
+    factor: float
+
+    def rates(self, steps, peak):
+        return Rates(tuple(peak * self.factor**step for step in range(steps)))
+""",
+    "conf/optimizer/sgd.yaml": "name: sgd\nmomentum: 0.9\n",
+    "recover/optimizers/sgd.py": """
+from dataclasses import dataclass
+
+import torch
+
+from plrd_train.engine import Group
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    momentum: float
+
+    whole_matrices = False
+
+    def group(self, parameter):
+        return Group({}, ("momentum_buffer",))
+
+    def open(self, groups, on_whole):
+        return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, fused=True)
+""",
     "conf/objective/halved.yaml": "name: halved\n",
     "recover/objectives/halved.py": """
 from dataclasses import dataclass
 
-from plrd_train.recover.objectives.ce import Objective as CrossEntropy
+from plrd_train.recover.objectives.ce import cross_entropy
 
 
 @dataclass(frozen=True)
-class Objective(CrossEntropy):
-    def __call__(self, model, input_ids):
-        return super().__call__(model, input_ids) / 2
+class Objective:  # of two terms: half the cross-entropy, and what makes three quarters of it
+    def open(self, teacher):
+        def terms(model, input_ids):
+            loss = cross_entropy(model, input_ids)
+            return {"half": loss / 2, "quarter": loss / 4}
+
+        return terms
 """,
 }
 

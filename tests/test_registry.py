@@ -20,17 +20,25 @@ def run(folder, *arguments):
 
 def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     install(tmp_path / "site")
-    chosen = ("form=halves", "factorizer=scaled", "factorizer.scale=0.25", "objective=halved", "stages.ratios=[2]")
+    chosen = ("form=halves", "factorizer=scaled", "factorizer.scale=0.25", "stages.ratios=[2]")
+    chosen += ("objective=halved", "schedule=falling", "schedule.factor=0.25", "optimizer=sgd")
     family, steps = {}, {}
     for name, settings in {"ours": ["stages.ratios=[2]"], "theirs": chosen}.items():
         done = run(tmp_path / "site", "plrd_train", *command(tmp_path / name, *settings))
         assert done.returncode == 0, done.stderr
         family[name] = json.loads((tmp_path / name / "family.json").read_text())["members"][0]
-        steps[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        steps[name] = [json.loads(row) for row in rows]
     assert family["theirs"]["form"] == "halves"
     assert all(rank > 1.9 * family["ours"]["ranks"][name] for name, rank in family["theirs"]["ranks"].items())
     assert family["theirs"]["eval_factored"] != family["ours"]["eval_factored"]  # of scaled weights
-    assert steps["theirs"]["train/loss"] < 0.6 * steps["ours"]["train/loss"]
+    first, second, *_ = steps["theirs"]
+    assert first["train/loss"] < 0.9 * steps["ours"][0]["train/loss"]
+    assert first["train/loss/half"] == pytest.approx(2 * first["train/loss"] / 3)
+    assert first["train/loss/quarter"] == pytest.approx(first["train/loss"] / 3)
+    assert not any(name.startswith("train/loss/") for name in steps["ours"][0])  # which has one term
+    assert second["train/lr"] == first["train/lr"] / 4
+    assert first["train/lr"] == 4e-3
 
 
 def test_a_name_that_two_packages_have_is_refused(tmp_path):
