@@ -44,8 +44,8 @@ class Schedule:
     def rates(self, steps, peak):
         return Rates(tuple(peak * self.factor**step for step in range(steps)))
 """,
-    "conf/optimizer/sgd.yaml": "name: sgd\nmomentum: 0.9\n",
-    "recover/optimizers/sgd.py": """
+    "conf/optimizer/adam.yaml": "name: adam\nbeta: 0.9\n",
+    "recover/optimizers/adam.py": """
 from dataclasses import dataclass
 
 import torch
@@ -55,15 +55,15 @@ from plrd_train.engine import Group
 
 @dataclass(frozen=True)
 class Optimizer:
-    momentum: float
+    beta: float
 
     whole_matrices = False
 
     def group(self, parameter):
-        return Group({}, ("momentum_buffer",))
+        return Group({}, ("exp_avg", "exp_avg_sq"))
 
     def open(self, groups, on_whole):
-        return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, fused=True)
+        return torch.optim.Adam(groups, lr=0.0, betas=(self.beta, self.beta), fused=True)
 """,
     "conf/objective/halved.yaml": "name: halved\n",
     "recover/objectives/halved.py": """

@@ -21,7 +21,7 @@ def run(folder, *arguments):
 def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     install(tmp_path / "site")
     chosen = ("form=halves", "factorizer=scaled", "factorizer.scale=0.25", "stages.ratios=[2]")
-    chosen += ("objective=halved", "schedule=falling", "schedule.factor=0.25", "optimizer=sgd")
+    chosen += ("objective=halved", "schedule=falling", "schedule.factor=0.25", "optimizer=adam")
     family, steps = {}, {}
     for name, settings in {"ours": ["stages.ratios=[2]"], "theirs": chosen}.items():
         done = run(tmp_path / "site", "plrd_train", *command(tmp_path / name, *settings))
