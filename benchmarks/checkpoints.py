@@ -11,7 +11,6 @@ from torch import nn
 from transformers import LlamaConfig
 
 from benchmarks import Row
-from plrd_train.config.schema import Checkpoint, Recover
 from plrd_train.data.loader import Batch
 from plrd_train.engine.fsdp import Options, open_engine
 from plrd_train.parents.models import HubArchitecture
@@ -19,9 +18,12 @@ from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.guard import Guard, Judged
 from plrd_train.recover.loop import Trainer
 from plrd_train.recover.objectives.ce import Objective
+from plrd_train.recover.optimizers.adamw import Optimizer
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters, Progress, UnderWay
+from plrd_train.recover.schedules.constant import Schedule
+from plrd_train.recover.settings import Checkpoint, Recover
 from plrd_train.runtime.exchange import Exchange
 from plrd_train.runtime.place import Place
 from plrd_train.runtime.stop import StopRequest
@@ -86,13 +88,6 @@ def _seconds(engine, every: int | None, folder: Path) -> float:
     does in a run."""
     settings = Recover(
         lr=1e-4,
-        schedule="constant",
-        warmup=0.0,
-        final=0.1,
-        branch=0.0,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.1,
         clip=1.0,
         spike=None,
         patience=1,
@@ -115,7 +110,9 @@ def _seconds(engine, every: int | None, folder: Path) -> float:
     trainer = Trainer(
         engine,
         _Text(),  # type: ignore[arg-type]
-        Objective(),
+        Objective().open(nn.Module),
+        Schedule(warmup=0.0, branch=0.0),
+        Optimizer(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
         settings,
         SEQ_LEN,
         0,

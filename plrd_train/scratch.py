@@ -23,7 +23,7 @@ from plrd_train.recover.guard import Guard, Judged
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.progress import Progress, UnderWay
 from plrd_train.runtime.stop import StopRequest
-from plrd_train.runtime.world import World
+from plrd_train.runtime.world import SharedError, World
 from plrd_train.tracking import console
 from plrd_train.tracking.tracker import open_tracker
 from plrd_train.training import open_loader, train
@@ -117,6 +117,7 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
             tokens=scratch.tokens,
             peak=scratch.lr,
             fields={"stage/index": 0, "stage/ratio": 1.0},
+            teacher=_no_teacher,
             done=done,
             trunk=trunk,
         )
@@ -131,6 +132,13 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
     source = Parent(config.parent.path, None, str(tokenizer_folder), {})
     write_model(engine, folder, config=model_config, ranks={}, dtype=torch.float32, parent=source, card=card)
     world.on_main(checkpoints.remove)
+
+
+def _no_teacher() -> nn.Module:
+    raise SharedError(
+        "objective: a parent that is trained from scratch has no parent to learn from; train it with objective=ce, and "
+        "then its family, with parent=hub, from its folder"
+    )
 
 
 def _tokenizer(scratch: Scratch, config: Config, folder: Path) -> PreTrainedTokenizerBase:

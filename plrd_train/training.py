@@ -1,10 +1,10 @@
 """Training as a run does it: the loader and loop of `data` and `recover`, with progress on the console and a record of
 each step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from plrd_train.config.schema import Config
@@ -74,11 +74,13 @@ def train(
     tokens: int,
     peak: float,
     fields: Mapping[str, float],
+    teacher: Callable[[], nn.Module],
     done: int = 0,
     trunk: Snapshot | None = None,
 ) -> Recovered:
     """Train the engine's model on `tokens` tokens at the peak learning rate `peak`, of which `done` steps are made
-    already (see `Trainer.recover`); `fields` go into the record of each step."""
+    already (see `Trainer.recover`); `fields` go into the record of each step, and `teacher` opens the parent for an
+    objective that asks for it."""
     text, seq_len = architecture.get_text_config(), config.data.seq_len
     perf = Perf.of_model(
         engine.params(), text.num_hidden_layers, text.hidden_size, seq_len, engine.world_size, engine.device
@@ -99,7 +101,7 @@ def train(
         trainer = Trainer(
             engine,
             loader,
-            config.objective.settings,
+            config.objective.settings.open(teacher),
             config.schedule.settings,
             config.optimizer.settings,
             config.recover,

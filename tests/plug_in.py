@@ -111,17 +111,56 @@ class Allocation:
     def ranks(self, shapes, ratio, values, losses):
         return {name: min(self.rank, len(values[name])) for name in shapes}
 """,
+    "conf/schedule/falling.yaml": "name: falling\nfactor: 0.5\n",
+    "recover/schedules/falling.py": """
+from dataclasses import dataclass
+
+from plrd_train.recover.schedules import Rates
+
+
+@dataclass(frozen=True)
+class Schedule:
+    factor: float
+
+    def rates(self, steps, peak):
+        return Rates(tuple(peak * self.factor**step for step in range(steps)))
+""",
+    "conf/optimizer/adam.yaml": "name: adam\nbeta: 0.9\n",
+    "recover/optimizers/adam.py": """
+from dataclasses import dataclass
+
+import torch
+
+from plrd_train.engine import Group
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    beta: float
+
+    whole_matrices = False
+
+    def group(self, parameter):
+        return Group({}, ("exp_avg", "exp_avg_sq"))
+
+    def open(self, groups, on_whole):
+        return torch.optim.Adam(groups, lr=0.0, betas=(self.beta, self.beta), fused=True)
+""",
     "conf/objective/halved.yaml": "name: halved\n",
     "recover/objectives/halved.py": """
 from dataclasses import dataclass
 
-from plrd_train.recover.objectives.ce import Objective as CrossEntropy
+from plrd_train.recover.objectives.ce import cross_entropy
 
 
 @dataclass(frozen=True)
-class Objective(CrossEntropy):
-    def __call__(self, model, input_ids):
-        return super().__call__(model, input_ids) / 2
+class Objective:  # of two terms: half the cross-entropy, and what makes three quarters of it
+    def open(self, teacher):
+        def terms(model, input_ids):
+            loss = cross_entropy(model, input_ids)
+            return {"half": loss / 2, "quarter": loss / 4}
+
+        return terms
 """,
     "conf/evaluation/accuracy.yaml": "# @package evaluation.accuracy\nfirst: 4\n",
     "evaluate/accuracy.py": """

@@ -22,7 +22,15 @@ def run(folder, *arguments):
 def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
     install(tmp_path / "site")
     settings = {
-        "one": ("form=halves", "factorizer=labelled", "factorizer.label=0.25", "objective=halved"),
+        "one": (
+            "form=halves",
+            "factorizer=labelled",
+            "factorizer.label=0.25",
+            "objective=halved",
+            "schedule=falling",
+            "schedule.factor=0.25",
+            "optimizer=adam",
+        ),
         "two": (
             "factorizer=counting",
             "factorizer.calibration_tokens=48",
@@ -32,7 +40,7 @@ def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
             "evaluation.accuracy.first=7",
         ),
     }
-    family, first, events = {}, {}, {}
+    family, steps, events = {}, {}, {}
     for name, chosen in settings.items():
         done = run(
             tmp_path / "site",
@@ -41,7 +49,7 @@ def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         family[name] = json.loads((tmp_path / name / "family.json").read_text())["members"][0]
-        first[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        steps[name] = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         rows = map(json.loads, (tmp_path / name / "events.jsonl").read_text().splitlines())
         events[name] = [row for row in rows if row["kind"] == "factor"]
 
@@ -54,7 +62,12 @@ def test_a_plug_in_adds_one_of_each_kind(command, tmp_path):
             )
             assert rank > 0.9 * m * n / (m + n)  # at 2x: two factors would have half of that
     assert {event["factor/rel_error"] for event in events["one"]} == {0.25}  # the method's setting
-    assert first["one"]["train/loss"] < 0.6 * first["two"]["train/loss"]  # the objective halves it
+    first, second = steps["one"]
+    assert first["train/loss"] < 0.9 * steps["two"][0]["train/loss"]  # the objective takes three quarters
+    assert first["train/loss/half"] == pytest.approx(2 * first["train/loss"] / 3)
+    assert first["train/loss/quarter"] == pytest.approx(first["train/loss"] / 3)
+    assert not any(name.startswith("train/loss/") for name in steps["two"][0])  # its objective has one term
+    assert (first["train/lr"], second["train/lr"]) == (4e-3, 1e-3)  # the schedule's factor
 
     assert set(two["ranks"].values()) == {3} and len(two["ranks"]) == len(one["ranks"])  # the allocation's setting
     assert {event["factor/rel_error"] for event in events["two"]} == {48}  # the statistic counts every token

@@ -167,7 +167,9 @@ def _traced(config: Config, planned: Planned, model: PreTrainedModel, world_size
             if config.engine.settings.activation_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             ids = torch.zeros(micro_batch(config, world_size), config.data.seq_len, dtype=torch.long, device="meta")
-            training = trace_step(model, lambda model: config.objective.settings(model, ids))
+            # A teacher that the objective asks for is not in the plan: here it is the model itself.
+            terms = config.objective.settings.open(lambda: model)
+            training = trace_step(model, lambda model: sum(terms(model, ids).values()))
     return dataclasses.replace(planned, training=training, evaluation=evaluation)
 
 

@@ -1,7 +1,7 @@
 """One stage of fine-tuning on a token budget. A parent trained from scratch goes through the same loop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from plrd_train.engine import Engine, Optimizer
 from plrd_train.recover.checkpoint import Snapshot
 from plrd_train.recover.deadline import Deadline
 from plrd_train.recover.guard import Guard
-from plrd_train.recover.objectives import Objective
+from plrd_train.recover.objectives import Terms
 from plrd_train.recover.pauses import Pauses, Wish
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
@@ -38,7 +38,7 @@ class Trainer:
 
     engine: Engine
     loader: Loader
-    objective: Objective
+    objective: Terms
     schedule: Schedule
     optimizer: Optimizer
     settings: Recover
@@ -101,32 +101,43 @@ class Trainer:
         engine.model.train()
         # Ranks may hold unequal shares; all of them take part in as many micro-batches as the largest share needs.
         largest = max(self.loader.share(batch.first, self.sequences, rank) for rank in range(engine.world_size))
-        nll = torch.zeros((), device=engine.device)
+        losses: dict[str, Tensor] = {}
         for micro in range(0, largest, self.settings.micro_batch):
-            nll += self._micro_batch(batch.input_ids[micro : micro + self.settings.micro_batch])
+            terms = self._micro_batch(batch.input_ids[micro : micro + self.settings.micro_batch])
+            losses = {name: losses.get(name, 0.0) + term for name, term in terms.items()}
         # On the device, as all of the step: it waits for no loss and no verdict, which are read while the next one
         # runs.
-        refuse = ~(engine.world.total(nll) / self.predicted_tokens <= self.guard.bound(step))  # NaN is refused, too
+        refuse = ~(
+            engine.world.total(_sum(losses)) / self.predicted_tokens <= self.guard.bound(step)
+        )  # NaN is refused, too
         norm = engine.step(lr, self.settings.clip, refuse)
         self.counters.steps += 1
-        return reports.add(step, lr, nll, norm, refuse | ~norm.isfinite(), batch)
+        return reports.add(step, lr, losses, norm, refuse | ~norm.isfinite(), batch)
 
     @property
     def predicted_tokens(self) -> int:
         """Predicted tokens of one optimizer step, over all ranks."""
         return self.sequences * (self.seq_len - 1)
 
-    def _micro_batch(self, input_ids: Tensor) -> Tensor:
-        """Forward and backward of this rank's `input_ids` (n, seq_len), n maybe 0; returns the summed loss."""
+    def _micro_batch(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Forward and backward of this rank's `input_ids` (n, seq_len), n maybe 0; returns the terms of the loss, each
+        summed over the predicted tokens."""
         engine = self.engine
         weight = 1.0
         if not len(input_ids):
             # Nothing left for this rank, but sharded layers are gathered together: it runs one sequence without weight.
             input_ids, weight = torch.zeros(1, self.seq_len, dtype=torch.long), 0.0
-        nll = self.objective(engine.model, input_ids.to(engine.device)) * weight
+        terms = {
+            name: term * weight for name, term in self.objective(engine.model, input_ids.to(engine.device)).items()
+        }
         # An engine averages over its ranks; the loss is a token sum over the global token count.
-        engine.backward(nll * (engine.world_size / self.predicted_tokens))
-        return nll.detach()
+        engine.backward(_sum(terms) * (engine.world_size / self.predicted_tokens))
+        return {name: term.detach() for name, term in terms.items()}
+
+
+def _sum(terms: Mapping[str, Tensor]) -> Tensor:
+    first, *others = terms.values()
+    return sum(others, start=first)
 
 
 class Reports:
@@ -137,7 +148,9 @@ class Reports:
         self._pending: tuple[int, float, Tensor, Tensor, Future] | None = None
         self._since = time.perf_counter()
 
-    def add(self, step: int, lr: float, nll: Tensor, norm: Tensor, skipped: Tensor, batch: Batch) -> Wish:
+    def add(
+        self, step: int, lr: float, losses: Mapping[str, Tensor], norm: Tensor, skipped: Tensor, batch: Batch
+    ) -> Wish:
         """Send this rank's part of the step that has just been made. Finishes the step before, and returns what the
         ranks wished after that."""
         wish, epoch, tokens = (
@@ -145,8 +158,10 @@ class Reports:
             self._trainer.loader.epoch,
             batch.domain_tokens,
         )
-        # The loss is fetched from the device by the thread that sends it: the step loop does not wait for either.
-        shared = self._trainer.exchange.share(lambda: (nll.item(), tokens, epoch, wish))
+        # The losses are fetched from the device by the thread that sends them: the step loop waits for neither.
+        shared = self._trainer.exchange.share(
+            lambda: ({name: loss.item() for name, loss in losses.items()}, tokens, epoch, wish)
+        )
         agreed = self.finish()
         self._pending = step, lr, norm, skipped, shared
         return agreed
@@ -158,7 +173,10 @@ class Reports:
         (step, lr, norm, skipped, shared), self._pending = self._pending, None
         trainer, counters = self._trainer, self._trainer.counters
         parts = shared.result()
-        loss = sum(nll / trainer.predicted_tokens for nll, _, _, _ in parts)
+        terms = {
+            name: sum(losses[name] / trainer.predicted_tokens for losses, _, _, _ in parts) for name in parts[0][0]
+        }
+        loss = sum(terms.values())
         counters.skipped += bool(skipped)
         counters.tokens_stage += trainer.step_tokens
         counters.tokens_total += trainer.step_tokens
@@ -170,6 +188,7 @@ class Reports:
         trainer.on_step(
             {
                 "train/loss": loss,
+                **({f"train/loss/{name}": term for name, term in terms.items()} if len(terms) > 1 else {}),
                 "train/lr": lr,
                 "train/grad_norm": norm.item(),
                 "train/skipped": counters.skipped,

@@ -3,6 +3,10 @@
 import dataclasses
 import time
 
+from torch import nn
+
+from plrd_train.engine import open_engine
+from plrd_train.parents.weights import WeightReader
 from plrd_train.recover.checkpoint import Snapshot
 from plrd_train.recover.guard import Guard
 from plrd_train.recover.loop import Recovered
@@ -43,7 +47,15 @@ def recover(
         tokens=stage.tokens,
         peak=peak,
         fields={"stage/index": stage.index, "stage/ratio": stage.ratio},
+        teacher=lambda: _teacher(run),
         done=under_way.steps,
         trunk=trunk,
     )
     return recovered, time.perf_counter() - start
+
+
+def _teacher(run: Run) -> nn.Module:
+    """The parent on an engine of its own, frozen."""
+    engine = open_engine(run.config.engine.name, run.config.engine.settings, run.world)
+    engine.load(run.architecture(None), WeightReader(run.parent))
+    return engine.model.requires_grad_(False).eval()

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from plrd_train.parents.models import build_model
 from plrd_train.plan.trace import computing_in, trace_evaluation, trace_step
-from plrd_train.recover.objectives.ce import Objective
+from plrd_train.recover.objectives.ce import cross_entropy
 
 SHAPE = (4, 48)
 # The attention kernel of a CPU lays its output out head by head, which costs a copy that no GPU makes; it shows in
@@ -54,8 +54,8 @@ def test_a_training_step_holds_as_much_as_its_trace(architecture, checkpointed):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, VOCABULARY, SHAPE)
-    found = allocated(real, lambda: Objective()(real, ids).backward())
-    events = trace_step(meta, lambda model: Objective()(model, ids.to("meta")))
+    found = allocated(real, lambda: cross_entropy(real, ids).backward())
+    events = trace_step(meta, lambda model: cross_entropy(model, ids.to("meta")))
     assert max(event.peak for event in events) == pytest.approx(found, rel=WITHIN)
     assert events[-1].live < found / 50
     assert {event.name for event in events if event.kind == "gradient"} == {name for name, _ in real.named_parameters()}

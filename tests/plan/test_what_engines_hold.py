@@ -12,7 +12,7 @@ from plrd_train.parents.models import build_model
 from plrd_train.parents.parent import load_config, open_parent
 from plrd_train.plan.phases import memory_of
 from plrd_train.plan.trace import trace_step
-from plrd_train.recover.objectives.ce import Objective
+from plrd_train.recover.objectives.ce import cross_entropy
 from plrd_train.structure import Parameter, Structure
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -27,7 +27,7 @@ def gathered_at_the_loss(world, folder, evaluated):
     engine.start(OPTIMIZER)
     engine.model.train()
     for _ in range(4):
-        loss = Objective()(engine.model, IDS)
+        loss = cross_entropy(engine.model, IDS)
         whole = {name: p.ds_numel for name, p in engine.model.named_parameters() if p.ds_status.name != "NOT_AVAILABLE"}
         engine.backward(loss)
     return whole
@@ -40,7 +40,7 @@ def test_what_zero3_keeps_whole_until_the_backward(save_parent, evaluated):
     with torch.device("meta"):
         model = build_model(load_config(open_parent(str(folder)))).train()
     structure = Structure.of(model)
-    events = trace_step(model, lambda model: Objective()(model, IDS.to("meta")))
+    events = trace_step(model, lambda model: cross_entropy(model, IDS.to("meta")))
     memory = memory_of("zero3", settings(), OPTIMIZER, 2, "cuda")
     holder = memory.holder(structure, events, resumed=not evaluated)
     for event in events:

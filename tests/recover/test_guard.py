@@ -95,9 +95,11 @@ def spoil(rank: int, bad: Mapping[int, float], killed_at: int | None = None) -> 
         if trainer.counters.steps == killed_at and rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         factor = bad.get(trainer.counters.steps, 1.0)
-        return sound(
-            dataclasses.replace(trainer, objective=lambda *given: trainer.objective(*given) * factor), input_ids
-        )
+
+        def terms(*given):
+            return {name: term * factor for name, term in trainer.objective(*given).items()}
+
+        return sound(dataclasses.replace(trainer, objective=terms), input_ids)
 
     Trainer._micro_batch = spoiled  # type: ignore[method-assign]
 

@@ -60,7 +60,7 @@ def trained(world, folder: Path, text: Path, streams: int, recover: Recover, bud
     trainer = Trainer(
         engine,
         reader,
-        Objective(),
+        Objective().open(None),
         Schedule(warmup=0.0, branch=branch),
         OPTIMIZER,
         recover,
