@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 
@@ -46,6 +46,8 @@ class Progress:
     finished stages: `tokens_lineage` are the tokens that the trunk's weights have seen, `ranks` says what the trunk is
     made of, `entry` is the member that the stage publishes, and `branched` whether that is not
     the trunk. `under_way` is the stage after it, if it has begun to train."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")  # of the nested ones, too
 
     stages: int = 0
     counters: Counters = field(default_factory=Counters)
