@@ -12,6 +12,7 @@ from plrd_train.runtime.files import write_atomically
 
 # What may differ from run to run: names, tracking, and what follows the number of ranks. The stages are compared apart.
 # data.skip_bad is how a run goes on that met a bad line: it changes nothing of what was read before.
+# evaluation.prompt changes nothing of the members.
 # Revisions may be asked for by a branch or tag: they are compared as commits, by `refuse_moved`.
 _FREE = (
     "run_dir",
@@ -22,6 +23,7 @@ _FREE = (
     "engine.replicas",
     "stages.",
     "data.skip_bad",
+    "evaluation.prompt",
     "parent.revision",
     "data.revision",
 )
