@@ -12,6 +12,7 @@ from typing import Any
 from plrd_train.config import sweep
 from plrd_train.errors import UserError
 from plrd_train.pipeline import make_family
+from plrd_train.publish.continuations import continuations
 from plrd_train.run import Run
 from plrd_train.runtime.heartbeat import say
 from plrd_train.runtime.heartbeat.link import my_name
@@ -97,7 +98,17 @@ def _run(source: dict[str, Any], world: World, request: StopRequest) -> None:
             run.close(exit_code=1)
             raise
         run.close()
+        settings = run.config
+        written: list[tuple[str, str]] = []
+        if (prompt := settings.evaluation.prompt) is not None:
+            remote_code = settings.parent.trust_remote_code
+            written = world.on_main(lambda: list(continuations(family, prompt, trust_remote_code=remote_code)))
     console.family_table(family)
+    if written:
+        console.say(f"after {settings.evaluation.prompt!r}:")
+        width = max(len(name) for name, _ in written)
+        for name, text in written:
+            console.say(f"  {name:<{width}}  {text!r}")
     console.say(f"{family.folder / 'report' / 'family.png'}")
 
 

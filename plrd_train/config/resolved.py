@@ -14,6 +14,7 @@ from plrd_train.runtime.files import write_atomically
 # The stages are compared by `refuse_other`: ratios may be added.
 # `skip_bad` may change, so that a run can resume past a bad line; it does not affect the lines before.
 # A revision may be given as a branch or tag: `refuse_moved` compares the commits.
+# `evaluation.prompt` changes nothing of the members.
 _FREE = (
     "run_dir",
     "experiment",
@@ -23,6 +24,7 @@ _FREE = (
     "engine.replicas",
     "stages.",
     "data.skip_bad",
+    "evaluation.prompt",
     "parent.revision",
     "data.revision",
 )

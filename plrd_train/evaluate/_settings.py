@@ -15,3 +15,4 @@ class Evaluation:
     context: Annotated[Positive, Field(ge=2)]
     tokens: Positive
     batch: Positive
+    prompt: str | None

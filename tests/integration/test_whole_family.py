@@ -16,6 +16,7 @@ import plrd_train  # noqa: F401, members load after it
 
 RATIOS = [1.25, 1.5, 1.85, 2.25]
 TOKENS, BATCH, SEQ_LEN, EVALUATED = 8192, 1024, 128, 3000
+PROMPT = "Once upon a time"
 MEMBER_KEYS = {
     "name",
     "ratio_requested",
@@ -72,6 +73,7 @@ def made(parent, corpus, tmp_path_factory) -> tuple[Path, str]:
             f"data.seq_len={SEQ_LEN}",
             f"recover.global_batch_tokens={BATCH}",
             f"evaluation.tokens={EVALUATED}",
+            f"evaluation.prompt={PROMPT}",
             "tracking.wandb.mode=offline",
         ],
         draw,
@@ -190,3 +192,15 @@ def test_the_report_and_the_config_are_there(made):
     assert "2.25x" in page and 'src="data:image/png;base64' in page and not re.search(r"(src|href)=\W*http", page)
     assert (run_dir / "config.yaml").is_file()
     assert str(run_dir / "report" / "family.png") in said and "2.25x" in said
+
+
+def test_beneath_the_table_each_model_continues_the_prompt(made, parent, family):
+    run_dir, out = made
+    told = out.partition(f"after '{PROMPT}':\n")[2].splitlines()
+    folders = {"parent": parent, **{member["name"]: run_dir / member["path"] for member in family["members"]}}
+    for line, (name, folder) in zip(told[: len(folders)], folders.items(), strict=True):
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+        written = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+        assert line.split(maxsplit=1) == [name, repr(tokenizer.decode(written, skip_special_tokens=True))]
+    assert not told[len(folders)].startswith(" ")
