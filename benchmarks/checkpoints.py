@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +17,10 @@ from plrd_train.engine.fsdp import Options, open_engine
 from plrd_train.parents.models import HubArchitecture
 from plrd_train.recover.checkpoint import Checkpoints
 from plrd_train.recover.guard import Guard, Judged
-from plrd_train.recover.loop import Trainer
+from plrd_train.recover.loop import Recipe, Trainer
 from plrd_train.recover.objectives.ce import Objective
 from plrd_train.recover.optimizers.adamw import Optimizer
 from plrd_train.recover.pauses import Pauses
-from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters, Progress, UnderWay
 from plrd_train.recover.schedules.constant import Schedule
 from plrd_train.recover.settings import Checkpoint, Recover
@@ -95,32 +95,19 @@ def _seconds(engine, every: int | None, folder: Path) -> float:
         micro_batch=SEQUENCES,
     )
     ends: list[float] = []
-    checkpoints, exchange, guard = (
-        Checkpoints(folder, engine, keep=2),
-        Exchange(engine.world),
-        Guard(settings, print, Judged()),
-    )
-    counters = Counters()
+    checkpoints, exchange = Checkpoints(folder, engine, keep=2), Exchange(engine.world)
+    counters, guard = Counters(), Guard(settings, print, Judged())
 
     def progress(steps: int, in_branch: bool) -> Progress:
-        return Progress(counters=counters.now(), under_way=UnderWay({}, {}, steps))
+        return Progress(counters=counters.now(), under_way=UnderWay(None, {}, steps))
 
     asked = Checkpoint(tokens=every * SEQUENCES * SEQ_LEN if every else None, minutes=None, keep=2)
     pauses = Pauses(asked, StopRequest(), checkpoints, progress)
+    optimizer = Optimizer(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    recipe = Recipe(Objective().open(nn.Module), Schedule(warmup=0.0, branch=0.0), optimizer, settings, SEQ_LEN, seed=0)
+    text: Any = _Text()
     trainer = Trainer(
-        engine,
-        _Text(),  # type: ignore[arg-type]
-        Objective().open(nn.Module),
-        Schedule(warmup=0.0, branch=0.0),
-        Optimizer(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
-        settings,
-        SEQ_LEN,
-        0,
-        Perf(1.0, None, engine.device),
-        counters,
-        guard,
-        exchange,
-        lambda metrics: ends.append(time.perf_counter()),
+        engine, text, recipe, counters, guard, exchange, lambda metrics, seconds: ends.append(time.perf_counter())
     )
     trainer.recover(STEPS * SEQUENCES * SEQ_LEN, 1e-4, pauses)
     checkpoints.wait()

@@ -26,7 +26,7 @@ from plrd_train.runtime.stop import StopRequest
 from plrd_train.runtime.world import SharedError, World
 from plrd_train.tracking import console
 from plrd_train.tracking.tracker import open_tracker
-from plrd_train.training import open_loader, train
+from plrd_train.training import Budget, Job, open_loader, train
 
 CARD = """---
 library_name: transformers
@@ -68,9 +68,9 @@ class RandomWeights:
 
 
 def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, request: StopRequest) -> None:
-    """Train the parent that `parent.scratch` describes and publish it as `parent.path`, a plain Hugging Face folder;
-    one that is there is kept. Goes on from its checkpoint, as a stage does. Raises Stopped if `request` asks for
-    that."""
+    """Train the parent that `parent.scratch` describes and publish it as `parent.path`, a plain Hugging Face folder.
+    An existing folder is kept. A stopped training resumes from its checkpoint, as a stage does. Raises Stopped if
+    `request` asks for that."""
     scratch, folder, home = config.parent.scratch, Path(config.parent.path), Path(config.run_dir) / "scratch"
     assert scratch is not None
     if world.on_main(folder.exists):
@@ -104,23 +104,10 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
         return Progress(counters=counters.now(), position=position, under_way=under_way)
 
     try:
-        trained = train(
-            config,
-            engine,
-            model_config,
-            loader,
-            counters,
-            tracker,
-            Pauses(config.checkpoint, request, checkpoints, progress_after),
-            guard,
-            title="train the parent",
-            tokens=scratch.tokens,
-            peak=scratch.lr,
-            fields={"stage/index": 0, "stage/ratio": 1.0},
-            teacher=_no_teacher,
-            done=done,
-            trunk=trunk,
-        )
+        job = Job(config, engine, model_config, loader, counters, tracker, _no_teacher)
+        budget = Budget("train the parent", scratch.tokens, scratch.lr, {"stage/index": 0, "stage/ratio": 1.0})
+        pauses = Pauses(config.checkpoint, request, checkpoints, progress_after)
+        trained = train(job, budget, guard, pauses, done, trunk)
         checkpoints.wait()
     finally:
         loader.close()

@@ -1,8 +1,9 @@
-"""Training as a run does it: the loader and loop of `data` and `recover`, with progress on the console and a record of
+"""Training within a run: the loader of `data` and the loop of `recover`, with progress on the console and a record of
 each step."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from plrd_train.data.loader import Loader
 from plrd_train.engine import Engine
 from plrd_train.recover.checkpoint import Snapshot
 from plrd_train.recover.guard import Guard
-from plrd_train.recover.loop import Recovered, Trainer
+from plrd_train.recover.loop import Recipe, Recovered, Trainer
 from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
@@ -60,58 +61,57 @@ def calibration_text(
     )
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is opened once for a run, and trains every stage of it. `model_config` is that of the model's architecture;
+    `teacher()` opens the parent for an objective that asks for it, a collective."""
+
+    config: Config
+    engine: Engine
+    model_config: PreTrainedConfig
+    loader: Loader
+    counters: Counters
+    tracker: Tracker
+    teacher: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What differs from stage to stage: a title for the console, the tokens, the peak learning rate, and metrics that
+    go into the record of each step."""
+
+    title: str
+    tokens: int
+    peak: float
+    metrics: Mapping[str, float]
+
+
 def train(
-    config: Config,
-    engine: Engine,
-    architecture: PreTrainedConfig,
-    loader: Loader,
-    counters: Counters,
-    tracker: Tracker,
-    pauses: Pauses,
-    guard: Guard,
-    *,
-    title: str,
-    tokens: int,
-    peak: float,
-    fields: Mapping[str, float],
-    teacher: Callable[[], nn.Module],
-    done: int = 0,
-    trunk: Snapshot | None = None,
+    job: Job, budget: Budget, guard: Guard, pauses: Pauses, done: int = 0, trunk: Snapshot | None = None
 ) -> Recovered:
-    """Train the engine's model on `tokens` tokens at the peak learning rate `peak`, of which `done` steps are made
-    already (see `Trainer.recover`); `fields` go into the record of each step, and `teacher` opens the parent for an
-    objective that asks for it."""
-    text, seq_len = architecture.get_text_config(), config.data.seq_len
+    """Train the engine's model on `budget`, of which `done` steps are made already; see `Trainer.recover`. A
+    collective."""
+    config, engine, loader = job.config, job.engine, job.loader
+    text, seq_len = job.model_config.get_text_config(), config.data.seq_len
     perf = Perf.of_model(
         engine.params(), text.num_hidden_layers, text.hidden_size, seq_len, engine.world_size, engine.device
     )
+    objective = config.objective.settings.open(job.teacher)
+    schedule, optimizer = config.schedule.settings, config.optimizer.settings
+    recipe = Recipe(objective, schedule, optimizer, config.recover, seq_len, config.seed)
     epoch = loader.epoch
-    with console.progress(title, tokens, "tokens") as bar, closing(Exchange(engine.world)) as exchange:
+    with console.progress(budget.title, budget.tokens, "tokens") as bar, closing(Exchange(engine.world)) as exchange:
 
-        def on_step(metrics: dict[str, float]) -> None:
+        def on_step(metrics: dict[str, float], seconds: float) -> None:
             nonlocal epoch
-            tracker.log({**metrics, **fields})
-            bar.update(trainer.step_tokens, loss=metrics["train/loss"], lr=metrics["train/lr"])
+            job.tracker.log({**metrics, **perf.of(recipe.step_tokens, seconds), **budget.metrics})
+            bar.update(recipe.step_tokens, loss=metrics["train/loss"], lr=metrics["train/lr"])
             if metrics["data/epoch"] > epoch:
                 epoch = int(metrics["data/epoch"])
                 console.say(
                     f"data.train holds fewer tokens than the budget: epoch {epoch + 1} of it begins, in another order"
                 )
 
-        trainer = Trainer(
-            engine,
-            loader,
-            config.objective.settings.open(teacher),
-            config.schedule.settings,
-            config.optimizer.settings,
-            config.recover,
-            seq_len,
-            config.seed,
-            perf,
-            counters,
-            guard,
-            exchange,
-            on_step,
-        )
-        bar.update(done * trainer.step_tokens)
-        return trainer.recover(tokens, peak, pauses, done, trunk)
+        trainer = Trainer(engine, loader, recipe, job.counters, guard, exchange, on_step)
+        bar.update(done * recipe.step_tokens)
+        return trainer.recover(budget.tokens, budget.peak, pauses, done, trunk)

@@ -14,7 +14,7 @@ from plrd_train.recover.pauses import Pauses
 from plrd_train.recover.progress import Progress, UnderWay
 from plrd_train.run import Run, Stage
 from plrd_train.tracking import console
-from plrd_train.training import train
+from plrd_train.training import Budget, Job, train
 
 
 def recover(
@@ -34,23 +34,11 @@ def recover(
         )
         return dataclasses.replace(progress, counters=run.counters.now(), position=run.position(), under_way=now)
 
-    recovered = train(
-        run.config,
-        run.engine,
-        run.parent_config,
-        run.loader,
-        run.counters,
-        run.tracker,
-        Pauses(run.config.checkpoint, run.request, run.checkpoints, progress_after),
-        guard,
-        title=f"stage {stage.index}: recover at {stage.ratio:g}x",
-        tokens=stage.tokens,
-        peak=peak,
-        fields={"stage/index": stage.index, "stage/ratio": stage.ratio},
-        teacher=lambda: _teacher(run),
-        done=under_way.steps,
-        trunk=trunk,
-    )
+    job = Job(run.config, run.engine, run.parent_config, run.loader, run.counters, run.tracker, lambda: _teacher(run))
+    metrics = {"stage/index": stage.index, "stage/ratio": stage.ratio}
+    budget = Budget(f"stage {stage.index}: recover at {stage.ratio:g}x", stage.tokens, peak, metrics)
+    pauses = Pauses(run.config.checkpoint, run.request, run.checkpoints, progress_after)
+    recovered = train(job, budget, guard, pauses, under_way.steps, trunk)
     return recovered, time.perf_counter() - start
 
 

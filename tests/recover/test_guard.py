@@ -97,9 +97,10 @@ def spoil(rank: int, bad: Mapping[int, float], killed_at: int | None = None) -> 
         factor = bad.get(trainer.counters.steps, 1.0)
 
         def terms(*given):
-            return {name: term * factor for name, term in trainer.objective(*given).items()}
+            return {name: term * factor for name, term in trainer.recipe.objective(*given).items()}
 
-        return sound(dataclasses.replace(trainer, objective=terms), input_ids)
+        recipe = dataclasses.replace(trainer.recipe, objective=terms)
+        return sound(dataclasses.replace(trainer, recipe=recipe), input_ids)
 
     Trainer._micro_batch = spoiled  # type: ignore[method-assign]
 

@@ -16,11 +16,10 @@ from plrd_train.parents.models import HubArchitecture
 from plrd_train.parents.parent import load_config, open_parent
 from plrd_train.parents.weights import WeightReader
 from plrd_train.recover.guard import Guard, Judged
-from plrd_train.recover.loop import Trainer
+from plrd_train.recover.loop import Recipe, Trainer
 from plrd_train.recover.objectives.ce import Objective
 from plrd_train.recover.optimizers.adamw import Optimizer
 from plrd_train.recover.pauses import Pauses
-from plrd_train.recover.perf import Perf
 from plrd_train.recover.progress import Counters
 from plrd_train.recover.schedules.constant import Schedule
 from plrd_train.recover.settings import Checkpoint, Recover
@@ -56,22 +55,9 @@ def trained(world, folder: Path, text: Path, streams: int, recover: Recover, bud
     engine.load(HubArchitecture(load_config(parent)), WeightReader(parent))
     rows: list[dict] = []
     reader = loader(folder, text, streams, world.rank, world.size)
-    perf, exchange = Perf(1.0, None, engine.device), Exchange(world)
-    trainer = Trainer(
-        engine,
-        reader,
-        Objective().open(None),
-        Schedule(warmup=0.0, branch=branch),
-        OPTIMIZER,
-        recover,
-        SEQ_LEN,
-        0,
-        perf,
-        Counters(),
-        Guard(recover, print, Judged()),
-        exchange,
-        rows.append,
-    )
+    exchange, guard = Exchange(world), Guard(recover, print, Judged())
+    recipe = Recipe(Objective().open(None), Schedule(warmup=0.0, branch=branch), OPTIMIZER, recover, SEQ_LEN, seed=0)
+    trainer = Trainer(engine, reader, recipe, Counters(), guard, exchange, lambda row, seconds: rows.append(row))
     never = Pauses(Checkpoint(tokens=None, minutes=None, keep=1), StopRequest(), None, None)
     recovered = trainer.recover(budget, recover.lr, never)
     exchange.close()
