@@ -121,7 +121,7 @@ def train_parent(config: Config, world: World, engine: Engine, corpus: Corpus, r
     world.on_main(checkpoints.remove)
 
 
-def _no_teacher() -> nn.Module:
+def _no_teacher() -> Engine:
     raise SharedError(
         "objective: a parent that is trained from scratch has no parent to learn from; train it with objective=ce, and "
         "then its family, with parent=hub, from its folder"

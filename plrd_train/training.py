@@ -64,7 +64,7 @@ def calibration_text(
 @dataclass(frozen=True)
 class Job:
     """What is opened once for a run, and trains every stage of it. `model_config` is that of the model's architecture;
-    `teacher()` opens the parent for an objective that asks for it, a collective."""
+    `teacher()` opens an engine with the parent, frozen, for an objective that asks for it, a collective."""
 
     config: Config
     engine: Engine
@@ -72,7 +72,7 @@ class Job:
     loader: Loader
     counters: Counters
     tracker: Tracker
-    teacher: Callable[[], nn.Module]
+    teacher: Callable[[], Engine]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,13 @@ def train(
     perf = Perf.of_model(
         engine.params(), text.num_hidden_layers, text.hidden_size, seq_len, engine.world_size, engine.device
     )
-    objective = config.objective.settings.open(job.teacher)
+    teachers: list[Engine] = []  # an engine frees its model when it is freed itself
+
+    def teacher() -> nn.Module:
+        teachers.append(job.teacher())
+        return teachers[-1].model
+
+    objective = config.objective.settings.open(teacher)
     schedule, optimizer = config.schedule.settings, config.optimizer.settings
     recipe = Recipe(objective, schedule, optimizer, config.recover, seq_len, config.seed)
     epoch = loader.epoch

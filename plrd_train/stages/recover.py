@@ -3,9 +3,7 @@
 import dataclasses
 import time
 
-from torch import nn
-
-from plrd_train.engine import open_engine
+from plrd_train.engine import Engine, open_engine
 from plrd_train.parents.weights import WeightReader
 from plrd_train.recover.checkpoint import Snapshot
 from plrd_train.recover.guard import Guard
@@ -42,8 +40,9 @@ def recover(
     return recovered, time.perf_counter() - start
 
 
-def _teacher(run: Run) -> nn.Module:
-    """The parent on an engine of its own, frozen."""
+def _teacher(run: Run) -> Engine:
+    """An engine of the same kind with the parent, frozen."""
     engine = open_engine(run.config.engine.name, run.config.engine.settings, run.world)
     engine.load(run.architecture(None), WeightReader(run.parent))
-    return engine.model.requires_grad_(False).eval()
+    engine.model.requires_grad_(False).eval()
+    return engine

@@ -171,6 +171,14 @@ CASES = {override: ((*TINY, override), named) for override, named in (_PLAIN | V
     "alpha of a matrix": ((*TINY, "factorizer=asvd", "factorizer.alpha=[1]"), "factorizer"),
     "epochs below none": ((*TINY, "factorizer=refined", "factorizer.epochs=-1"), "factorizer"),
     "sensitivity without text": ((*TINY, "ranks=sensitivity", "ranks.tokens=null"), "ranks.tokens"),
+    "distill that learns nothing of the parent": (
+        (*TINY, "objective=distill", "objective.ce=1.0"),
+        "objective: ce is 1.0",
+    ),
+    "distill at no temperature": (
+        (*TINY, "objective=distill", "objective.temperature=0"),
+        "objective: temperature is 0",
+    ),
     "muon on slices": ((*TINY, "engine=zero3", "optimizer=muon"), "optimizer: muon works on whole matrices"),
     "nvme without a path": ((*TINY, "engine=zero3", "engine.offload_optimizer=nvme"), "nvme_path"),
     "offload to the moon": ((*TINY, "engine=zero3", "engine.offload_params=moon"), "engine"),
