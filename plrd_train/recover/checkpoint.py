@@ -1,4 +1,4 @@
-"""What a restart needs: the trunk in float32, the optimizer where a stage is under way, and how far the run was."""
+"""Checkpoints: the trunk in float32, the state of the optimizer during a stage, and the progress of the run."""
 
 import shutil
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from plrd_train.runtime.files import write_atomically
 from plrd_train.runtime.world import SharedError, World
 from plrd_train.tracking import console
 
-Snapshot = Mapping[str, Tensor]  # parameter -> this rank's shard, in host memory; nobody changes it
+Snapshot = Mapping[str, Tensor]  # parameter -> this rank's shard, in host memory; read-only
 
 
 class Checkpoints:
@@ -43,10 +43,9 @@ class Checkpoints:
     # Reading
 
     def latest(self) -> Progress | None:
-        """Where the run stopped, by its newest checkpoint that is undamaged; None where there is none yet. A
-        collective.
+        """The progress in the newest undamaged checkpoint; None if there is no checkpoint. A collective.
 
-        A damaged one is named in a line of warning and passed over. Raises SharedError where all are damaged.
+        A damaged checkpoint is skipped with a warning. Raises SharedError if all are damaged.
         """
         world = self._engine.world
         if world.on_main(lambda: self._folder.exists() and not self._folder.is_dir()):
@@ -72,18 +71,18 @@ class Checkpoints:
             raise UserError(f"{path}: not a checkpoint of this version ({error}); use another run_dir") from None
         if self._of(progress) != folder:
             raise UserError(f"{path}: of another checkpoint than its folder says; use another run_dir")
-        self._tidy(folder)  # a run may have been stopped just before it did
+        self._tidy(folder)  # the run may have been stopped just before it removed old checkpoints
         return progress
 
     def load(self, progress: Progress, architecture: Architecture, member: bool = False) -> None:
-        """Put the trunk at the end of a stage into the engine, or the member of that stage. A collective."""
+        """Load the trunk at the end of a stage into the engine, or the member of that stage. A collective."""
         self._build(progress, architecture)
         self._engine.restore(self._shards(progress, "member" if member and progress.branched else "model"))
 
     def load_stage(
         self, progress: Progress, architecture: Architecture, optimizer: Optimizer
     ) -> dict[str, Tensor] | None:
-        """Put the stage that is under way into the engine, with its optimizer. Returns the trunk if what trains is a
+        """Load an unfinished stage into the engine, with its optimizer. Returns the trunk if the stage had reached its
         branch. A collective."""
         assert progress.under_way is not None
         self._build(progress, architecture)
@@ -91,7 +90,7 @@ class Checkpoints:
         under_way = progress.under_way
         made = under_way.steps - under_way.judged.skipped
         self._engine.start(optimizer)
-        state = self._engine.state()  # of zeros, which are read over
+        state = self._engine.state()  # zeros, overwritten below
         for part, shards in state.items():
             self._read_shards(progress, part, shards)
         self._engine.start(optimizer, made, state)
@@ -120,13 +119,13 @@ class Checkpoints:
     # Writing
 
     def save(self, progress: Progress, trunk: Snapshot, member: Snapshot | None = None) -> None:
-        """Save the end of a stage: its trunk and, where it was `branched`, its member. Returns while they are being
-        written, and waits first for what was being written before; raises what `wait` raises. A collective."""
+        """Save the end of a stage: its trunk, and its member if there is a branch. The files are written in the
+        background, after those of the save before. Raises what `wait` raises. A collective."""
         self._save(progress, {"model": trunk} if member is None else {"model": trunk, "member": member})
 
     def save_stage(self, progress: Progress, trunk: Snapshot | None) -> None:
-        """Save the stage that is under way as it stands in the engine, with its optimizer, and the `trunk` where that
-        is a branch. Returns as `save` does. A collective."""
+        """Save an unfinished stage: the model in the engine, its optimizer, and the `trunk` if the model is a branch.
+        Writes in the background, as `save` does. A collective."""
         parts = {"model": self._engine.snapshot(), **self._engine.state()}
         self._save(progress, parts if trunk is None else {**parts, "trunk": trunk})
 
@@ -137,11 +136,11 @@ class Checkpoints:
             for part, shards in parts.items()
             for name, tensor in self._engine.sharded(shards).items()
         }
-        folder, text = self._of(progress), progress.to_json()  # now: what is counted goes on
+        folder, text = self._of(progress), progress.to_json()  # now, since the counters go on
         self._pending = self._writer.run(lambda world: self._write(world, folder, text, state))
 
     def wait(self) -> None:
-        """Wait until everything is saved. Raises SharedError where that failed. A collective."""
+        """Wait until everything is saved. Raises SharedError if that failed. A collective."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -164,21 +163,21 @@ class Checkpoints:
         write_atomically(temporary / saved.SUMS, sums)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        # For people and their tools: a restart looks at what is there.
+        # `latest` is for people and their tools. A restart looks at the folders.
         write_atomically(self._folder / "latest", final.name + "\n")
         self._tidy(final)
         for folder in self._all():
-            if folder > final:  # damaged: the run went on from before it
+            if folder > final:  # damaged: the run was resumed from an older one
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _tidy(self, newest: Path) -> None:
-        """Remove what is no longer needed beside the checkpoint `newest` and those just before it."""
+        """Remove all but the checkpoint `newest`, the `keep` - 1 before it, and the ends of stages."""
         older = [folder for folder in self._all() if folder < newest][self._keep - 1 :]
         for folder in [*(folder for folder in older if "-stage-" not in folder.name), *self._folder.glob("step-*.tmp")]:
             shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove the folder: what it is for has been published. Not a collective."""
+        """Remove the folder, once its model has been published. Not a collective."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:

@@ -1,18 +1,17 @@
-"""How soon the ranks of a run must have made their next step, so that a hang ends in minutes and not when a collective
-gives up."""
+"""A deadline for each step, so that a hang ends in minutes and not at the timeout of a collective."""
 
 import time
 
 from plrd_train.runtime.heartbeat import Heartbeat
 
 FIRST_S = 1800.0  # a first step compiles, fills caches and fetches text
-LEAST_S = 300.0  # more than a shard that fails to read is tried for
-SLOWER = 20.0  # than any step before
+LEAST_S = 300.0  # exceeds the shard-read retry time
+SLOWER = 20.0  # times the slowest step so far
 
 
 class Deadline:
-    """Tells a heartbeat what to expect of the steps of a stage: half an hour for each of the first two; then 20 times
-    what the slowest took, and at least five minutes. Between `rest` and the next `step` nothing is expected."""
+    """Sets the heartbeat's deadline for each step of a stage: half an hour for each of the first two; then 20 times the
+    slowest so far, and at least five minutes. Between `rest` and the next `step` there is no deadline."""
 
     def __init__(self, heartbeat: Heartbeat):
         self._heartbeat = heartbeat
@@ -28,6 +27,6 @@ class Deadline:
         self._heartbeat.expect(FIRST_S if self._slowest is None else max(LEAST_S, SLOWER * self._slowest))
 
     def rest(self) -> None:
-        """Something else than a step begins."""
+        """Something other than a step begins, such as a checkpoint."""
         self._began = None
         self._heartbeat.expect(None)

@@ -1,5 +1,5 @@
-"""What keeps a bad batch from spoiling a run: steps that are left out, and the end of a run that has nothing but such
-steps."""
+"""Protection against bad batches: a step whose loss is a spike or not finite is skipped, and too many such steps in a
+row end the run."""
 
 import dataclasses
 import math
@@ -10,16 +10,17 @@ from statistics import median
 from plrd_train.recover.settings import Recover
 from plrd_train.runtime.world import SharedError
 
-WINDOW = 64  # steps whose losses a step is judged by
-LEAST = 16  # as many of them make a judgement
+WINDOW = 64  # recent steps that the bound is computed from
+LEAST = 16  # with fewer recent steps there is no bound
 _SIGMA = 1.4826  # the standard deviation of normal numbers over their median absolute deviation
-_FLOOR = 0.01  # of the median: losses of a long stage differ by less than batches do that are sound
+# Lower clamp on the deviation, as a share of the median: late in a stage losses differ less than good batches do.
+_FLOOR = 0.01
 
 
 @dataclass
 class Judged:
-    """What a guard has seen of the stage: steps left out, in all and in a row up to now, and the last losses of the
-    others, each with its step."""
+    """The state of a guard: the number of skipped steps, in all and in a row up to now, and the recent (step, loss) of
+    the others."""
 
     skipped: int = 0
     in_a_row: int = 0
@@ -27,23 +28,23 @@ class Judged:
 
 
 class Guard:
-    """Judges the steps of a stage by their losses over all ranks, alike on each rank.
+    """Decides which steps of a stage are skipped, by their losses over all ranks, and alike on each rank.
 
-    A step whose loss or gradient is not finite is left out, and so is one whose loss lies more than `spike` robust
-    standard deviations above the median of the losses before it (Huber 1981, section 5.1; None: no loss is too high).
-    `patience` such steps in a row end the run.
+    A step is skipped if its loss or gradient is not finite, or if its loss lies more than `spike` robust standard
+    deviations above the median of the losses before it (Huber 1981, section 5.1; None: no bound). `patience` skipped
+    steps in a row end the run.
     """
 
     def __init__(self, settings: Recover, say: Callable[[str], None], judged: Judged):
-        """`judged` is what the guard has seen before, of a stage that goes on."""
+        """`judged` is the state from the checkpoint of a resumed stage."""
         self._spike, self._patience, self._say = settings.spike, settings.patience, say
         self.judged = dataclasses.replace(judged)
 
     def bound(self, step: int) -> float:
-        """The largest loss that step `step` of the stage may have; infinity while too few are known.
+        """The largest loss that step `step` of the stage may have; infinity while too few losses are known.
 
-        The loss of the step just before is never looked at: it is known only where the run paused between the two, and
-        a restart must not differ from a run that was never stopped.
+        The loss of the step just before is ignored: it is known only if the run paused between the two, and a resumed
+        run must not differ from an uninterrupted one.
         """
         losses = [loss for before, loss in self.judged.recent if before < step - 1][-WINDOW:]
         if self._spike is None or len(losses) < LEAST:
@@ -53,7 +54,7 @@ class Guard:
         return middle + self._spike * max(deviation, _FLOOR * abs(middle))
 
     def add(self, step: int, loss: float, norm: float, skipped: bool) -> None:
-        """Take the outcome of a step. Raises SharedError after `patience` steps in a row that were left out."""
+        """Record the outcome of a step. Raises SharedError after `patience` skipped steps in a row."""
         judged = self.judged
         if not skipped:
             judged.in_a_row = 0

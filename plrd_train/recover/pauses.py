@@ -11,7 +11,7 @@ from plrd_train.runtime.stop import Stopped, StopRequest
 
 
 class Wish(enum.IntEnum):
-    """What a rank wishes after a step; the ranks do the largest wish of all of them."""
+    """What a rank asks for after a step. The ranks follow the largest wish among them."""
 
     NOTHING = 0
     SAVE = 1
@@ -28,8 +28,8 @@ class Pauses:
         checkpoints: Checkpoints,
         progress: Callable[[int, bool], Progress],
     ):
-        """`progress(steps, in_branch)`, a collective, says how far the run is after `steps` steps of the stage that is
-        under way."""
+        """`progress(steps, in_branch)` returns the progress of the run after `steps` steps of the stage. A
+        collective."""
         self._settings, self._request, self._checkpoints, self._progress = settings, request, checkpoints, progress
         self._tokens, self._since = 0, time.monotonic()
 
@@ -46,8 +46,8 @@ class Pauses:
         return Wish.SAVE
 
     def take(self, wish: Wish, steps: int, trunk: Snapshot | None) -> None:
-        """Do what the ranks agreed on, after `steps` steps of the stage. A collective. Raises Stopped if it was
-        that."""
+        """Save a checkpoint after `steps` steps of the stage. A collective. Raises Stopped if the ranks agreed to
+        stop."""
         self._tokens, self._since = 0, time.monotonic()
         self._checkpoints.save_stage(self._progress(steps, trunk is not None), trunk)
         if wish is Wish.STOP:

@@ -1,4 +1,4 @@
-"""How far a run is: what a checkpoint says beside its tensors."""
+"""The progress of a run, which a checkpoint stores beside its tensors."""
 
 import copy
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from plrd_train.recover.guard import Judged
 
 @dataclass
 class Counters:
-    """Counted over the whole run: optimizer steps, those of them that were left out, tokens trained on, and these by
-    domain; and the tokens of the present stage."""
+    """Totals of the run: optimizer steps, skipped ones among them, tokens trained on, and these by domain; and the
+    tokens of the present stage."""
 
     steps: int = 0
     skipped: int = 0
@@ -22,15 +22,14 @@ class Counters:
     domain_tokens: dict[str, int] = field(default_factory=dict)
 
     def now(self) -> "Counters":
-        """A copy that no step changes."""
+        """A copy, which later steps do not change."""
         return copy.deepcopy(self)
 
 
 @dataclass(frozen=True)
 class UnderWay:
-    """The stage that trains: its member so far (None: a parent that is trained from scratch), the ranks of its trunk,
-    the steps done, the seconds that they took, whether they have reached the branch, and what the guard made of
-    them."""
+    """An unfinished stage: its member so far (None: a parent that is trained from scratch), the ranks of its trunk, the
+    steps done and their seconds, whether they have reached the branch, and the state of the guard."""
 
     entry: Member | None
     ranks: dict[str, int]
@@ -42,10 +41,10 @@ class UnderWay:
 
 @dataclass(frozen=True)
 class Progress:
-    """`counters` and `position` (the data loader's) stand at this moment; all else at the end of the last of `stages`
-    finished stages: `tokens_lineage` are the tokens that the trunk's weights have seen, `ranks` says what the trunk is
-    made of, `entry` is the member that the stage publishes, and `branched` whether that is not
-    the trunk. `under_way` is the stage after it, if it has begun to train."""
+    """`counters` and `position` (of the data loader) are those of this moment. The rest describes the end of the last
+    of `stages` finished stages: `tokens_lineage` counts the tokens that the trunk's weights have seen, `ranks` are the
+    trunk's, `entry` is the member of that stage, and `branched` says whether it is another model than the trunk.
+    `under_way` is the next stage, if its training has begun."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")  # of the nested ones, too
 

@@ -1,5 +1,4 @@
-"""The tensors of a checkpoint in files: shards as safetensors without any pickle, read back on any number of ranks, and
-their checksums."""
+"""The tensors of a checkpoint as safetensors files, without pickle, for any number of ranks; and their checksums."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,11 +11,11 @@ from torch import Tensor
 from plrd_train.errors import UserError
 from plrd_train.runtime.world import SharedError, World
 
-SUMS = "sha256sums"  # in the format of the program sha256sum: `sha256sum --check sha256sums` tells what is damaged
+SUMS = "sha256sums"  # in the format of sha256sum, so that `sha256sum --check sha256sums` finds damaged files
 
 
 def write(state: Mapping[str, Tensor], folder: Path, world: World) -> None:
-    """Write the DTensors `state` into `folder`, each rank its shards. A collective. Raises SharedError where a file
+    """Write the DTensors `state` into `folder`; each rank writes its shards. A collective. Raises SharedError if a file
     cannot be written."""
     # The Hugging Face writer stores safetensors and no pickle.
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -32,8 +31,8 @@ def write(state: Mapping[str, Tensor], folder: Path, world: World) -> None:
 
 
 def read(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill the DTensors `state`, of any mesh and maybe a part of what is there, in place from what `write` left in
-    `folder`. A collective. Raises SharedError where that holds other tensors, or no safetensors."""
+    """Fill the DTensors `state` in place from the files that `write` made in `folder`. They may be of another mesh, and
+    fewer than were written. A collective. Raises SharedError if the folder holds other tensors, or no safetensors."""
     for file in sorted(folder.glob("*.safetensors")):  # of which torch would log a traceback
         try:
             with safe_open(file, framework="pt"):
@@ -42,7 +41,7 @@ def read(state: Mapping[str, Tensor], folder: Path) -> None:
             raise SharedError(f"{file}: not safetensors ({error}); use another run_dir") from None
     try:
         dcp.load(dict(state), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-    # On every rank alike; the latter where no file could be opened.
+    # Raised on every rank alike; AssertionError if no file could be opened.
     except (dcp.CheckpointException, AssertionError) as error:
         first = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
         said = str(first).strip().splitlines()
@@ -52,7 +51,7 @@ def read(state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def checksums(folder: Path, world: World) -> dict[str, str]:
-    """SHA-256 of each file of `folder` but SUMS, by name, each computed on one rank. A collective."""
+    """{file: SHA-256} of the files of `folder`, SUMS excepted. Each is computed on one rank. A collective."""
     names = world.on_main(lambda: sorted(path.name for path in folder.iterdir() if path.name != SUMS))
     own = world.on_all(lambda: {name: _sha256(folder / name) for name in names[world.rank :: world.size]})
     return dict(sorted(item for part in world.share(own) for item in part.items()))
@@ -67,7 +66,7 @@ def _sha256(path: Path) -> str:
 
 
 def damage(folder: Path, world: World) -> str | None:
-    """What is wrong with the files of `folder`, naming one; None where each is as its checksum says. A collective."""
+    """A line that names a damaged file of `folder`; None if all checksums agree. A collective."""
     try:
         lines = world.on_main(
             lambda: (folder / SUMS).read_text(errors="replace").splitlines() if (folder / SUMS).is_file() else []

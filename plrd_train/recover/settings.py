@@ -24,14 +24,14 @@ class Recover:
     micro_batch: Positive  # sequences that one rank takes through the model at once
 
     def peak_rate(self, hidden_size: int) -> float:
-        """`lr`, or the rule that stands in its place where it is null."""
+        """`lr`, or 0.1 / `hidden_size` if it is null."""
         return self.lr if self.lr is not None else RATE_TIMES_WIDTH / hidden_size
 
 
 @section
 class Checkpoint:
-    """A stage that is under way is saved every so many tokens or minutes (null: not by that measure), and the newest
-    `keep` checkpoints stay beside the ends of stages."""
+    """An unfinished stage is saved every `tokens` tokens or `minutes` minutes (null: not by that measure). The newest
+    `keep` checkpoints are kept, and the ends of all stages."""
 
     tokens: Positive | None
     minutes: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from plrd_train.registry import Registry
 
-# terms(model, input_ids): the terms of the loss of a batch of packed sequences `input_ids` (n, seq_len) by name, each
-# with its weight in it and summed over the n * (seq_len - 1) predicted tokens; float32 scalars, whose sum is minimised.
-# Every batch has the same terms. Where there is more than one, each is logged as `train/loss/NAME`.
+# terms(model, input_ids) -> {name: float32 scalar} of a batch of packed sequences `input_ids` (n, seq_len). Each term
+# is summed over the n * (seq_len - 1) predicted tokens, with its weight; their sum is minimised. Every batch has the
+# same terms. If there is more than one, each is logged as `train/loss/NAME`.
 Terms = Callable[[nn.Module, Tensor], Mapping[str, Tensor]]
 
 
