@@ -13,7 +13,6 @@ from benchmarks import Row
 
 ASSETS = Path(os.environ.get("PLRD_ASSETS", "../shared"))
 PARENT, CORPUS = ASSETS / "parents" / "stories3m", ASSETS / "data" / "tinystories"
-FORMS = ("lowrank", "pifa")
 RATIOS = (1.25, 1.5, 1.85, 2.25)
 SETTINGS = (
     "data.seq_len=256",
@@ -30,6 +29,8 @@ CHOICES = (
     *(("rom", ranks) for ranks in ("uniform", "energy")),
     *(("refined", ranks) for ranks in ("uniform", "energy", "sensitivity")),
 )
+# int8 has the ranks of lowrank, and all that it adds is rounding: one row shows how much.
+FORMS = {"lowrank": CHOICES, "pifa": CHOICES, "int8": (("whitened", "energy"),)}
 
 
 def rows() -> Iterator[Row]:
@@ -37,8 +38,8 @@ def rows() -> Iterator[Row]:
         print(f"methods: no test assets in {ASSETS} (set PLRD_ASSETS)")
         return
     plain: dict[float, float] = {}
-    for form in FORMS:
-        for method, ranks in CHOICES:
+    for form, choices in FORMS.items():
+        for method, ranks in choices:
             for ratio, multiple in _multiples(form, method, ranks).items():
                 plain.setdefault(ratio, multiple)  # the first of the choices
                 yield Row(

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from plrd_train.compress.linear import LowRankLinear
 from plrd_train.parents.reads import read_in_source
 
 _TOKENS = 8
@@ -43,7 +44,12 @@ def probe(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> Probe:
     The model cannot be used afterwards: its Linears and blocks carry hooks. For an architecture whose forward needs
     values, `fixed` comes from its source code alone, and `unchained` says so.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    pairs = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LowRankLinear))
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(pairs)  # the factors of a member
+    }
     fixed = {name for name, linear in linears.items() if not _is_linear(linear)} | set(read_in_source(model, linears))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, linear in linears.items():

@@ -124,13 +124,13 @@ class WeightReader:
 
 
 def parent_dtype(parent: Parent) -> torch.dtype:
-    """The dtype of most of a parent's elements."""
+    """The floating dtype of most of a parent's elements."""
     counts = Counter[torch.dtype]()
     for file in set(parent.weights.values()):
         with safe_open(Path(parent.folder) / file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118, a safe_open is no dict
                 counts[_dtype(handle, name)] += torch.Size(handle.get_slice(name).get_shape()).numel()
-    return counts.most_common(1)[0][0]
+    return max((dtype for dtype in counts if dtype.is_floating_point), key=counts.__getitem__)
 
 
 def _dtype(handle: safe_open, name: str) -> torch.dtype:

@@ -11,6 +11,8 @@ from plrd_train.compress.ranks import Shape
 
 FORMS = pytest.mark.parametrize("form", forms.FORMS.names())
 SIDES = st.integers(1, 48)
+# The largest error of a product, as a share of its largest entry: rounding of float32, or to 8 bits.
+TOLERANCE = {"lowrank": 3e-6, "pifa": 3e-6, "int8": 2e-2}
 
 
 def pair_of(out_features, in_features, rank, spread=1.0):
@@ -60,12 +62,12 @@ def test_a_linear_of_the_form_is_the_product_and_costs_what_it_says(
     linear = linear_of(form, up, down, shift)
     x = torch.randn(3, 5, in_features)
     expected = x.double() @ (up.double() @ down.double()).T + (shift.double() if bias else 0.0)
-    torch.testing.assert_close(linear(x).double(), expected, rtol=0, atol=3e-6 * expected.abs().max().item())
-    held = sum(parameter.numel() for name, parameter in linear.named_parameters() if not name.endswith("bias"))
+    torch.testing.assert_close(linear(x).double(), expected, rtol=0, atol=TOLERANCE[form] * expected.abs().max().item())
+    held = sum(tensor.numel() for tensor in linear.state_dict().values() if tensor.ndim == 2)
     assert held == forms.get(form).params(out_features, in_features, rank)
     assert (linear.in_features, linear.out_features) == (in_features, out_features)
-    linear(x).sum().backward()
-    assert all(parameter.grad is not None for parameter in linear.parameters())
+    linear(x.requires_grad_()).sum().backward()
+    assert x.grad is not None and all(parameter.grad is not None for parameter in linear.parameters())
 
 
 @FORMS
@@ -117,6 +119,22 @@ def test_a_pair_of_lower_rank_than_it_says_is_packed(zeros):
 def test_what_is_not_packed_is_not_stored():
     with pytest.raises(ValueError, match="not packed"):
         forms.get("pifa").stored("up.weight", torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_stores_what_was_rounded_to_it_in_any_dtype(dtype):
+    one, (up, down) = forms.get("int8"), pair_of(40, 24, 15, 1e4)
+    up[3], down[5], up[7, 0] = 0, down[5] * 1e-30, 1e4
+    packed = one.pack(up, down)
+    for part, factor, before in zip(("up", "down"), packed, (up, down), strict=True):
+        state = one.stored(f"{part}.weight", factor.to(dtype))
+        codes, scale = state[f"{part}.codes"], state[f"{part}.scale"]
+        assert codes.dtype == torch.int8 and scale.dtype == dtype and codes.abs().max() <= 127
+        assert torch.equal(codes.double() * scale.double()[:, None], factor.double())  # no bit is lost
+        assert ((factor - before).abs() <= scale.float()[:, None] / 2).all()  # the nearest code
+        largest = codes.abs().amax(1)
+        assert (largest[before.abs().amax(1) > 0] >= 64).all()  # no scale is larger than it must be
+        assert torch.equal(one.loaded(f"{part}.weight", state.__getitem__), factor.to(dtype))
 
 
 # Allocations

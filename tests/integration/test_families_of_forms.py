@@ -78,37 +78,28 @@ def test_on_another_number_of_ranks_and_in_bf16(command, tiny, tmp_path):
     assert entry["eval"]["ppl"] == pytest.approx(measured, rel=1e-4)  # of the weights as published, not as trained
 
 
-def test_a_member_of_pifa_is_a_parent(plrd_json, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "dtype", "later"),
+    [
+        ("pifa", torch.float32, (("pifa", "refined"), ("lowrank", "svd"), ("pifa", "fisher"))),
+        ("int8", torch.bfloat16, (("lowrank", "svd"),)),
+    ],
+)
+def test_a_member_of_a_form_is_a_parent(plrd_json, tiny, tmp_path, form, dtype, later):
     """Its pairs are read again, and go on to a lower rank in either form."""
-    text = (
-        "--calibration",
-        tiny / "corpus",
-        "--data",
-        tiny / "corpus",
-        "data.seq_len=16",
-        "factorizer.calibration_tokens=512",
-    )
-    first = plrd_json(
-        "factor",
-        tiny / "parent",
-        tmp_path / "first",
-        "--method",
-        "whitened",
-        "--form",
-        "pifa",
-        "--ratio",
-        "1.25",
-        *text,
-    )
+    write_parent(tmp_path / "parent", dtype=dtype)
+    text = ("--calibration", tiny / "corpus", "--data", tiny / "corpus", "data.seq_len=16")
+    text += ("factorizer.calibration_tokens=512",)
+    chosen = ("--method", "whitened", "--form", form, "--ratio", "1.25")
+    first = plrd_json("factor", tmp_path / "parent", tmp_path / "first", *chosen, *text)
     member, eval_first = tmp_path / "first/members/1.25x", first["members"][0]["eval"]["ppl"]
     assert plrd_json("evaluate", member, "--data", tiny / "corpus")["ppl"] == pytest.approx(eval_first, rel=1e-6)
-    for form, method in (("pifa", "refined"), ("lowrank", "svd"), ("pifa", "fisher")):
+    for other, method in later:
         given = text if method != "svd" else text[2:5]
-        made = plrd_json(
-            "factor", member, tmp_path / method, "--method", method, "--form", form, "--ratio", "2", *given
-        )
+        chosen = ("--method", method, "--form", other, "--ratio", "2")
+        made = plrd_json("factor", member, tmp_path / method, *chosen, *given)
         (entry,) = made["members"]
         model = AutoModelForCausalLM.from_pretrained(tmp_path / method / "members/2x")
         assert made["parent"]["eval"]["ppl"] == pytest.approx(eval_first, rel=1e-5)
-        assert entry["form"] == form and entry["params"] == sum(parameter.numel() for parameter in model.parameters())
+        assert entry["form"] == other and entry["params"] == sum(parameter.numel() for parameter in model.parameters())
         assert entry["ratio"] >= 2

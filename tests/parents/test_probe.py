@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from plrd_train.compress.blocks import blocks_of
 from plrd_train.compress.surgery import eligible_linears, replace_linears
 from plrd_train.errors import UserError
+from plrd_train.parents.modeling_plrd import with_ranks
 from plrd_train.parents.models import build_model, probe_of
 from plrd_train.parents.reach import check_in_order, check_lengths, notes, shapes_of
 
@@ -53,6 +54,12 @@ def test_with_all_other_linears_replaced_a_model_still_runs_and_trains(architect
     if architecture != "rwkv":  # which has no backward on a CPU, dense either
         model.train()(input_ids=tokens, labels=tokens).loss.backward()
         assert all(model.get_submodule(name).down.weight.grad is not None for name in chosen)
+
+
+def test_a_member_is_a_parent_whose_pairs_are_not_told_of():
+    dense = model_of("llama")
+    config = with_ranks(config_of("llama"), {name: 3 for name, _ in eligible_linears(dense)})
+    assert probe_of(config).fixed == set() and notes(config, [2.0]) == []
 
 
 @pytest.mark.parametrize(("architecture", "name"), READ_HERE)

@@ -224,27 +224,27 @@ torch.save([model(tokens).logits.detach(), reloaded(tokens).logits.detach()], sy
 
 
 @pytest.fixture
-def member_of_pifa(save_parent, tmp_path):
-    """member_of_pifa(architecture, **write_member's arguments) -> (folder, the model of pairs that it was packed
-    from)."""
+def packed_member(save_parent, tmp_path):
+    """packed_member(architecture, form, **write_member's arguments) -> (folder, the model of the pairs that `form` has
+    packed)."""
 
-    def make(architecture: str, **arguments) -> tuple[Path, PreTrainedModel]:
+    def make(architecture: str, form: str = "pifa", **arguments) -> tuple[Path, PreTrainedModel]:
         parent_folder, dense = save_parent(architecture)
         model = factored(dense, less=8)
         pairs = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-        tensors = dict(model.named_parameters())
-        for name, pair in pairs.items():
-            up, down = forms.get("pifa").pack(pair.up.weight.detach(), pair.down.weight.detach())
-            tensors |= {f"{name}.up.weight": up, f"{name}.down.weight": down}
-        publish(tmp_path / "members" / "m", parent_folder, model, tensors=tensors.items(), form="pifa", **arguments)
+        for pair in pairs.values():
+            pair.set_factors(*forms.get(form).pack(pair.up.weight.detach(), pair.down.weight.detach()))
+        tensors = dict(model.named_parameters()).items()
+        publish(tmp_path / "members" / "m", parent_folder, model, tensors=tensors, form=form, **arguments)
         return tmp_path / "members" / "m", model
 
     return make
 
 
+@pytest.mark.parametrize("form", ["pifa", "int8"])
 @pytest.mark.parametrize("architecture", ["llama_tied_scaled_rope", "qwen2", "gpt_neox"])
-def test_a_member_of_pifa_is_the_model_of_pairs(member_of_pifa, architecture, tokens, tmp_path):
-    folder, model = member_of_pifa(architecture, max_shard_bytes=12_000)
+def test_a_member_of_a_form_is_the_model_of_its_pairs(packed_member, architecture, form, tokens, tmp_path):
+    folder, model = packed_member(architecture, form, max_shard_bytes=12_000)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, atol=1e-4, rtol=0)
     assert loaded.num_parameters() < model.num_parameters()
@@ -260,8 +260,8 @@ def test_a_member_of_pifa_is_the_model_of_pairs(member_of_pifa, architecture, to
     torch.testing.assert_close(rebuilt(tokens).logits, model(tokens).logits, atol=1e-4, rtol=0)
 
 
-def test_a_form_that_is_not_known_is_named(member_of_pifa):
-    folder, _ = member_of_pifa("llama")
+def test_a_form_that_is_not_known_is_named(packed_member):
+    folder, _ = packed_member("llama")
     config = json.loads((folder / "config.json").read_text())
     for form, said in (("of_next_year", "no form 'of_next_year' is known here"), (3, "needs .*form")):
         (folder / "config.json").write_text(json.dumps(config | {"plrd": config["plrd"] | {"form": form}}))
@@ -302,8 +302,9 @@ def test_without_plrd_train_a_member_loads_itself_or_raises(member, tokens, tmp_
     assert all(torch.equal(logits, model(tokens).logits) for logits in alone(folder, tokens, tmp_path))
 
 
-def test_without_plrd_train_a_member_of_pifa_does_too(member_of_pifa, tokens, tmp_path):
-    folder, _ = member_of_pifa("llama")
+@pytest.mark.parametrize("form", ["pifa", "int8"])
+def test_without_plrd_train_a_member_of_a_form_does_too(packed_member, form, tokens, tmp_path):
+    folder, _ = packed_member("llama", form)
     expected = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
     assert all(torch.equal(logits, expected) for logits in alone(folder, tokens, tmp_path))
 
