@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plrd_train.compress.contracts import Architecture, Block, Call, Shards
+from plrd_train.compress.contracts import Block, BlockArchitecture, Call, Shards
 from plrd_train.compress.rounds import everywhere
 
 # (name, shape) -> the whole float32 parameter, the same on every rank.
@@ -29,7 +29,9 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def walk(architecture: Architecture, read: Read, batches: Sequence[Tensor], device: torch.device) -> Iterator[Block]:
+def walk(
+    architecture: BlockArchitecture, read: Read, batches: Sequence[Tensor], device: torch.device
+) -> Iterator[Block]:
     """Yield the blocks in order. Later blocks receive the outputs of the block as the caller modified it.
 
     `batches` are those of this rank, each (n, length) token ids; a rank may have none. The embeddings are in memory at

@@ -16,7 +16,7 @@ from plrd_train.compress.allocations import Allocation, Measuring
 from plrd_train.compress.allocations.uniform import Allocation as Uniform
 from plrd_train.compress.blocks import gathered, walk
 from plrd_train.compress.collect import collect
-from plrd_train.compress.contracts import AllocationError, Architecture, Block, Cache, Decomposed, Live, Shards
+from plrd_train.compress.contracts import AllocationError, Block, BlockArchitecture, Cache, Decomposed, Live, Shards
 from plrd_train.compress.losses import measure
 from plrd_train.compress.methods import Method, SequentialMethod
 from plrd_train.compress.ranks import Shape
@@ -64,7 +64,7 @@ class Source:
     that it gives is called once for each of `total` Linears."""
 
     engine: Shards
-    architecture: Architecture
+    architecture: BlockArchitecture
     text: Callable[[int], Sequence[Tensor]]
     cache: Cache | None = None
     progress: Callable[[str, int], AbstractContextManager[Callable[[], object]]] = _silent

@@ -65,8 +65,13 @@ class Architecture(Protocol):
         ...
 
     def refill(self, model: nn.Module) -> None:
-        """Compute the buffers that no checkpoint holds (rotary frequencies, …)."""
+        """Compute the buffers that no checkpoint holds (rotary frequencies, …), once the model has left the meta
+        device."""
         ...
+
+
+class BlockArchitecture(Architecture, Protocol):
+    """An architecture whose blocks can be run one by one."""
 
     def outputs(self) -> Mapping[str, int]:
         """{block name: length of the tuple that the block returns, 0 for a tensor}. Raises DecompositionError where a

@@ -12,24 +12,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from plrd_train.compress.contracts import Decomposed, Shards
+from plrd_train.compress.contracts import Architecture, Decomposed, Shards
 from plrd_train.errors import UserError
 from plrd_train.registry import Registry
 from plrd_train.runtime.world import World
 from plrd_train.structure import Parameter
-
-
-class Architecture(Protocol):
-    """A model's structure without its weights."""
-
-    def build(self) -> nn.Module:
-        """The model, float32, on the current default device (an engine calls it under `torch.device("meta")`)."""
-        ...
-
-    def refill(self, model: nn.Module) -> None:
-        """Recompute the buffers that no checkpoint holds (rotary frequencies, …) after the model came off the meta
-        device."""
-        ...
 
 
 class Weights(Protocol):

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from plrd_train.engine import Architecture, Optimizer
+from plrd_train.compress.contracts import Architecture
+from plrd_train.engine import Optimizer
 from plrd_train.errors import UserError
 from plrd_train.runtime.world import World
 

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from plrd_train.compress.blocks import blocks_of
-from plrd_train.compress.contracts import Decomposed
-from plrd_train.engine import Architecture, Group, Optimizer, State, Weights, check_shape, grouped, put_factors
+from plrd_train.compress.contracts import Architecture, Decomposed
+from plrd_train.engine import Group, Optimizer, State, Weights, check_shape, grouped, put_factors
 from plrd_train.runtime.world import SharedError, World
 from plrd_train.structure import parameters_of
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from plrd_train.compress.contracts import Decomposed
+from plrd_train.compress.contracts import Architecture, Decomposed
 from plrd_train.engine import (
-    Architecture,
     Group,
     Optimizer,
     State,

@@ -160,7 +160,7 @@ def _without_parameters(module: nn.Module) -> nn.Module:
 class HubArchitecture:
     """The causal LM of `config`; `ranks` and `attention` are those of `build_model`.
 
-    Implements `plrd_train.engine.Architecture` and `plrd_train.compress.contracts.Architecture`.
+    Implements `plrd_train.compress.contracts.BlockArchitecture`.
     """
 
     config: PreTrainedConfig
@@ -174,7 +174,7 @@ class HubArchitecture:
         refill_buffers(cast(PreTrainedModel, model))
 
     def outputs(self) -> Mapping[str, int]:
-        """See `plrd_train.compress.contracts.Architecture`. Raises DecompositionError if the blocks form no chain."""
+        """See `plrd_train.compress.contracts.BlockArchitecture`."""
         found = probe_of(self.config)
         if found.unchained is not None:
             raise DecompositionError(f"its blocks cannot be run one after the other: {found.unchained}")

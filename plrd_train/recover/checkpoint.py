@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from plrd_train.engine import Architecture, Engine, Optimizer
+from plrd_train.compress.contracts import Architecture
+from plrd_train.engine import Engine, Optimizer
 from plrd_train.errors import UserError
 from plrd_train.recover import saved
 from plrd_train.recover.progress import Progress
