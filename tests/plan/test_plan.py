@@ -283,8 +283,7 @@ def test_a_tied_and_low_rank_parent_counts_once(tmp_path, capsys):
 MISTAKES = {
     "": "required: KEY=VALUE; see plrd plan --help",
     "experiment=mistral": "mistral",
-    "experiment=mistral_7b parent.path=nowhere/at/all": "parent nowhere/at/all: no such folder, and not the form of "
-    "a hub id",
+    "experiment=mistral_7b parent.path=nowhere/at/all": "parent nowhere/at/all: no such folder, and not a valid hub id",
     "experiment=mistral_7b parent.path=empty": "parent empty: has no config.json",
     "experiment=mistral_7b parent.path=tiny stages.ratio=[2]": "stages.ratio: unknown key",
     "experiment=mistral_7b parent.path=tiny --device H1000": "--device: H1000 is not known; choose one of H100,",
