@@ -46,8 +46,9 @@ coverage: $(VENV)/.ready
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 
-# The pages of docs/ as a site, in site/.
+# The pages of docs/ as a site, in site/. Its tools have a lock of their own: neither the tests nor the image need them.
 docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --requirement docs/requirements.lock
 	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict
 
@@ -60,9 +61,10 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# After a change of pyproject.toml: write down what is installed now.
+# After a change of pyproject.toml: write down what is installed now, but for the tools of the site.
 lock: $(VENV)/.ready
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' \
+		| grep --invert-match --fixed-strings --line-regexp --file docs/requirements.lock > requirements.lock
 
 clean:
 	rm -rf $(VENV) runs
