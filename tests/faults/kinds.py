@@ -39,7 +39,8 @@ PHASES = {
         Point("plrd_train.compress.factor_cache:FactorCache.put", 5),
     ),
     "step": (Point(f"{_LOOP}:Trainer._step", 8), Point(f"{_LOOP}:Trainer._micro_batch", 8)),
-    "annealing": (Point(f"{_LOOP}:anneal", 3),),
+    # The last three of the nine steps of a stage are those of its branch.
+    "annealing": (Point(f"{_LOOP}:Trainer._step", 9),),
     "checkpoint": (
         Point("plrd_train.recover.saved:write", 4),
         Point(f"{_CHECKPOINT}:write_atomically", 6, True),
