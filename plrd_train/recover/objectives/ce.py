@@ -19,5 +19,9 @@ class Objective:
 
 def cross_entropy(model: nn.Module, input_ids: Tensor) -> Tensor:
     """The negative log-likelihood of `input_ids` (n, seq_len), summed over the n * (seq_len - 1) predicted tokens."""
-    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
+    return F.cross_entropy(next_token_logits(model, input_ids), input_ids[:, 1:].flatten(), reduction="sum")
+
+
+def next_token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """The logits of each predicted token of `input_ids` (n, seq_len): (n * (seq_len - 1), vocabulary), float32."""
+    return model(input_ids=input_ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)

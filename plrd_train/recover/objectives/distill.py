@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plrd_train.recover.objectives import Terms
+from plrd_train.recover.objectives.ce import next_token_logits
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,11 @@ class Objective:
 
         def terms(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
             with torch.no_grad():
-                wanted = _log_probabilities(parent, input_ids, self.temperature)
-            logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+                wanted = F.log_softmax(next_token_logits(parent, input_ids) / self.temperature, -1)
+            logits = next_token_logits(model, input_ids)
             ce = F.cross_entropy(logits, input_ids[:, 1:].flatten(), reduction="sum")
             made = F.log_softmax(logits / self.temperature, -1)
             kl = F.kl_div(made, wanted, reduction="sum", log_target=True) * self.temperature**2
             return {"ce": self.ce * ce, "kl": (1 - self.ce) * kl}
 
         return terms
-
-
-def _log_probabilities(model: nn.Module, input_ids: Tensor, temperature: float) -> Tensor:
-    """Of each next token: (n * (seq_len - 1), vocabulary)."""
-    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-    return F.log_softmax(logits / temperature, -1)
